@@ -1,0 +1,63 @@
+# The DAG of the experiments. Every shell line is the papermill line that a person types in this folder.
+#
+#   snakemake --cores 2                                  # all of it, at the demo preset
+#   snakemake --cores 2 --config preset=smoke run=try    # another size, another folder of runs/
+#   snakemake --profile profiles/slurm --config preset=paper
+
+import re
+from pathlib import Path
+
+config.setdefault("preset", "demo")
+RUN = str(config.get("run") or config["preset"])
+KNOBS = " ".join(f"-p {k} {config[k]}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") != "")
+if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed"}:
+    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed")
+
+
+def code(notebook):
+    "The notebook and the exported files that it rests on, however deep; what only starts or reports a run is left out."
+    seen, todo = set(), [Path("nbs")/f"{notebook}.ipynb"]
+    while todo:
+        if (file := todo.pop()) in seen: continue
+        seen.add(file)
+        for dots, name in re.findall(r"from (?:ecgflowcmr)?(\.+)([\w.]+) import", file.read_text(encoding="utf-8")):
+            home = Path("ecgflowcmr") if file.suffix == ".ipynb" else file.parents[len(dots) - 1]
+            target = (home/name.replace(".", "/")).with_suffix(".py")
+            if target.name not in ("cli.py", "experiment.py"): todo.append(target)
+    return sorted(map(str, seen))
+
+
+rule all:
+    input: f"runs/{RUN}/generate/done.json"
+
+rule pamae:
+    input: code("20_pamae_train")
+    output: f"runs/{RUN}/pamae/done.json"
+    log: f"runs/{RUN}/20_pamae_train.ipynb"
+    threads: 2
+    params: KNOBS
+    shell: "papermill nbs/20_pamae_train.ipynb {params}"
+
+rule vae:
+    input: code("25_vae_train")
+    output: f"runs/{RUN}/vae/done.json"
+    log: f"runs/{RUN}/25_vae_train.ipynb"
+    threads: 2
+    params: KNOBS
+    shell: "papermill nbs/25_vae_train.ipynb {params}"
+
+rule amdf:
+    input: code("30_amdf_train"), rules.pamae.output, rules.vae.output
+    output: f"runs/{RUN}/amdf/done.json"
+    log: f"runs/{RUN}/30_amdf_train.ipynb"
+    threads: 2
+    params: KNOBS
+    shell: "papermill nbs/30_amdf_train.ipynb {params}"
+
+rule generate:
+    input: code("35_generate"), rules.amdf.output
+    output: f"runs/{RUN}/generate/done.json"
+    log: f"runs/{RUN}/35_generate.ipynb"
+    threads: 2
+    params: KNOBS
+    shell: "papermill nbs/35_generate.ipynb {params}"
