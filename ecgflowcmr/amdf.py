@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PARTS', 'Harmonics', 'fit_harmonics', 'ECGCondition', 'DiT', 'flow_loss', 'check_range', 'euler', 'guided',
-           'bf16_is_fast', 'ECGFlowCMR', 'check_bundle', 'as_strip']
+           'ECGFlowCMR', 'check_bundle', 'as_strip', 'amdf_config', 'latents', 'beats', 'prepare', 'fit_amdf',
+           'train_field']
 
-# %% ../nbs/11_amdf.ipynb #3a065b2d
+# %% ../nbs/11_amdf.ipynb #05ef87b5
 import math
 from pathlib import Path
 
@@ -15,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from . import __version__
 from .ecg import DataError, ECG, read_ecg, check_ecg, window
-from .files import atomic_write, read_json, sha256_file, write_json
+from .files import read_json, sha256_file, write_json
+from .train import bf16_is_fast, fit, finish_stage, finished, load_model, read_tensors, stage_folder, training_steps, write_tensors
 from .layers import AdaBlock, Block, fourier_basis, mlp, periodic, sinusoid
 from .pamae import PAMAE, cycle_features
 from .vae import VAE
 
-# %% ../nbs/11_amdf.ipynb #d772bf19
+# %% ../nbs/11_amdf.ipynb #41aef140
 class Harmonics(nn.Module):
     "Latents `(b, c, 50, h, w)` to standardised coefficients `(b, 17*c, h, w)` and back."
     def __init__(self, channels:int=4, frames:int=50, harmonics:int=8, size:int=12):
@@ -50,20 +52,20 @@ class Harmonics(nn.Module):
     def template(self) -> Tensor: # `(c, h, w)`: the mean latent over subjects and time
         return self.mean[:self.channels]/math.sqrt(self.basis.shape[1])
 
-# %% ../nbs/11_amdf.ipynb #04ee7474
+# %% ../nbs/11_amdf.ipynb #4c94c596
 @torch.no_grad()
-def fit_harmonics(h:Harmonics, batches) -> Harmonics: # batches of latents `(b, c, 50, h, w)`
-    "Set template, mean motion and spreads from a stream of training latents."
+def fit_harmonics(h:Harmonics, batches) -> Harmonics: # batches of coefficients `(b, 17*c, h, w)`
+    "Set template, mean motion and spreads from a stream of training coefficients."
     n, total, square = 0, 0., 0.
-    for z in batches:
-        c = h.project(z).double()
+    for c in batches:
+        c = c.double()
         n, total, square = n+len(c), total + c.sum(0), square + c.square().sum(0)
     if n < 2: raise DataError(f'{n} latents do not make a template', field='training split', remedy='Build a larger cohort')
     mean = total/n
     h.mean.copy_(mean); h.spread.copy_((square/n - mean.square()).clamp(min=0).mean((1,2)).sqrt().clamp(min=1e-4))
     return h
 
-# %% ../nbs/11_amdf.ipynb #e5f2883c
+# %% ../nbs/11_amdf.ipynb #e909f1bf
 class ECGCondition(nn.Module):
     "Context tokens `(b, 50, width)` and condition vector `(b, width)` from the features of a beat."
     def __init__(self, features:int, width:int, heads:int=4, depth:int=2):
@@ -85,7 +87,7 @@ class ECGCondition(nn.Module):
         if drop is None: return x, pooled
         return torch.where(drop[:,None,None], self.none.to(x.dtype), x), torch.where(drop[:,None], self.none_pool.to(pooled.dtype), pooled)
 
-# %% ../nbs/11_amdf.ipynb #febdf3c2
+# %% ../nbs/11_amdf.ipynb #1a916d76
 class DiT(nn.Module):
     "v(z_t, t, c): the velocity of the standardised coefficients."
     def __init__(self, channels:int=68, width:int=256, depth:int=6, heads:int=4, features:int=128, template:int=4, size:int=12):
@@ -109,7 +111,7 @@ class DiT(nn.Module):
         shift,scale = self.final(F.silu(c))[:,None].chunk(2, -1)
         return rearrange(self.leave(self.norm(h)*(1+scale) + shift), 'b (h w) c -> b c h w', h=self.size)
 
-# %% ../nbs/11_amdf.ipynb #1175b278
+# %% ../nbs/11_amdf.ipynb #5a2a6dd1
 def flow_loss(dit:DiT, h:Harmonics,
               x1:Tensor,            # standardised coefficients `(b, channels, h, w)`
               f:Tensor, rr:Tensor,  # features of the beat `(b, 50, features)`, its length `(b,)` s
@@ -127,7 +129,7 @@ def flow_loss(dit:DiT, h:Harmonics,
     w = h.spread/h.spread.mean()
     return dict(loss=(error*w).mean(), plain=error.mean().detach())
 
-# %% ../nbs/11_amdf.ipynb #8f593b4a
+# %% ../nbs/11_amdf.ipynb #53001abe
 def check_range(name:str, value, low, high):
     "Refuse a number outside its range."
     if not (isinstance(value, (int,float)) and not isinstance(value, bool) and low <= value <= high):
@@ -153,17 +155,11 @@ def guided(dit:DiT, template:Tensor, f:Tensor, rr:Tensor, guidance:float=1.):
         return u + guidance*(v-u)
     return field
 
-# %% ../nbs/11_amdf.ipynb #2638ee3a
+# %% ../nbs/11_amdf.ipynb #c16e5628
 FORMAT = 1                                                      # of the bundle folder
 PARTS = ('pamae', 'vae', 'dit', 'harmonics')
 
-def bf16_is_fast(device) -> bool:
-    "Whether bfloat16 pays on this device: any GPU, or a CPU with instructions for it."
-    if torch.device(device).type != 'cpu': return True
-    info = Path('/proc/cpuinfo')
-    return info.exists() and any(k in info.read_text() for k in ('avx512_bf16', 'amx_bf16'))
-
-# %% ../nbs/11_amdf.ipynb #20db96f4
+# %% ../nbs/11_amdf.ipynb #4134cbfd
 class ECGFlowCMR(nn.Module):
     "The whole generator: `from_pretrained(folder).generate(ecg)` makes a cine from an ECG alone."
     def __init__(self, config:dict): # settings of the parts by name, and 'alpha', 'pixel_mm'
@@ -181,7 +177,7 @@ class ECGFlowCMR(nn.Module):
         files = {}
         for k in PARTS:
             path = folder/f'{k}.safetensors'
-            with atomic_write(path) as tmp: save_file({n:t.detach().cpu().contiguous() for n,t in getattr(self,k).state_dict().items()}, tmp)
+            write_tensors(path, getattr(self,k).state_dict(), format='pt')
             files[path.name] = sha256_file(path)
         write_json(folder/'bundle.json', dict(format=FORMAT, version=__version__, config=self.config, files=files, provenance=provenance))
         return folder
@@ -191,10 +187,11 @@ class ECGFlowCMR(nn.Module):
         "Load a bundle, every file checked against its checksum."
         note = check_bundle(folder)
         model = cls(note['config'])
-        for k in PARTS: getattr(model,k).load_state_dict(load_file(Path(folder)/f'{k}.safetensors'), strict=True)
+        for k in PARTS: load_model(Path(folder)/f'{k}.safetensors', getattr(model,k))
         model.provenance = note['provenance']
         return model.eval().to(device)
 
+# %% ../nbs/11_amdf.ipynb #128252d1
 def check_bundle(folder) -> dict: # its bundle.json
     "Refuse a folder that is no bundle, is of another format, or lacks a file or holds an altered one."
     folder = Path(folder); path = folder/'bundle.json'
@@ -209,7 +206,7 @@ def check_bundle(folder) -> dict: # its bundle.json
         if sha256_file(folder/name) != note['files'].get(name): raise DataError('was altered: its checksum is not the one in bundle.json', file=folder/name, remedy=remedy)
     return note
 
-# %% ../nbs/11_amdf.ipynb #9e4d4377
+# %% ../nbs/11_amdf.ipynb #8db5be17
 def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
             ) -> np.ndarray: # `(12, 5000)` mV
     "Ten seconds of a checked 12-lead ECG."
@@ -219,23 +216,29 @@ def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
     check_ecg(mv, 500, 'array')
     return mv[:,:5000]
 
-# %% ../nbs/11_amdf.ipynb #5e03e21b
+# %% ../nbs/11_amdf.ipynb #cf50b9b9
 @patch
 def precision(self:ECGFlowCMR):
     "bfloat16 where it pays."
-    return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_is_fast(self.device))
+    return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_is_fast(self.device.type))
 
 @patch
 @torch.no_grad()
 def sample(self:ECGFlowCMR, f:Tensor, rr:Tensor, # features of the beats `(b, 50, features)`, their lengths `(b,)` s
-           steps:int=10, guidance:float=1., seed:int=0) -> Tensor: # cines `(b, 50, 96, 96)` in [-1, 1]
-    "Cines of a batch of heart beats."
-    rng = torch.Generator().manual_seed(seed)
-    x = self.config['alpha']*torch.randn(len(f), *self.harmonics.mean.shape, generator=rng).to(self.device)
+           steps:int=10, guidance:float=1., seeds=None) -> Tensor: # cines `(b, 50, 96, 96)` in [-1, 1]
+    "Cines of a batch of heart beats; each has a seed of its own (0, 1, ... if none are given)."
+    noise = [torch.randn(self.harmonics.mean.shape, generator=torch.Generator().manual_seed(int(s))) for s in (range(len(f)) if seeds is None else seeds)]
+    x, f, rr = self.config['alpha']*torch.stack(noise).to(self.device), f.to(self.device), rr.to(self.device)
     with self.precision():
         x = euler(guided(self.dit, self.harmonics.template, f, rr, guidance), x, steps)
         return self.vae.decode(self.harmonics.back(x.float())).clamp(-1, 1)
 
+@patch
+def sample_many(self:ECGFlowCMR, f:Tensor, rr:Tensor, batch:int=8, seed:int=0, **options): # batches of cines
+    "Cines of many heart beats, a batch at a time: memory does not grow with their number."
+    for i in range(0, len(f), batch): yield self.sample(f[i:i+batch], rr[i:i+batch], seeds=range(seed+i, seed+min(i+batch, len(f))), **options).cpu()
+
+# %% ../nbs/11_amdf.ipynb #ef6e1ba4
 @patch
 @torch.no_grad()
 def read_beat(self:ECGFlowCMR, mv:Tensor) -> tuple: # features, beat length (s), cycles found
@@ -250,5 +253,78 @@ def generate(self:ECGFlowCMR, ecg,       # path, `ECG`, or array `(12, n)` mV at
             ) -> np.ndarray:             # `(50, 96, 96)` float32 in [-1, 1], frame 0 = end-diastole
     "A cine from an ECG alone."
     check_range('steps', steps, 1, 1000); check_range('guidance', guidance, 0, 20)
-    f, rr, _ = self.read_beat(torch.from_numpy(as_strip(ecg))[None])
-    return self.sample(f, rr, int(steps), guidance, seed)[0].float().cpu().numpy()
+    f, rr, count = self.read_beat(torch.from_numpy(as_strip(ecg))[None])
+    if not count[0]: raise DataError('no complete heart beat was found by the phase head', field='cardiac phase', remedy='Give 10 s of a regular 12-lead ECG')
+    return self.sample(f, rr, int(steps), guidance, [seed])[0].float().cpu().numpy()
+
+# %% ../nbs/11_amdf.ipynb #8d27377e
+def amdf_config(preset:str='demo', recipe:str='harmonic', seed:int=0) -> dict: # settings of the stage
+    "Sizes of the flow and of its training; `recipe` is `harmonic`."
+    if recipe != 'harmonic': raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use: harmonic')
+    model = dict(smoke=dict(width=64, depth=2), demo=dict(width=256, depth=6), paper=dict(width=768, depth=12, heads=12))[preset]
+    train = dict(smoke=dict(steps=80, batch=8, lr=2e-3, warmup=5, ema=.9), demo=dict(steps=1100, batch=16, lr=1e-3, warmup=50, ema=.99),
+                 paper=dict(epochs=10, batch=4, lr=1e-4, warmup=1000, ema=.9999))[preset]
+    return dict(recipe=recipe, model=model, harmonics=8, alpha=1., drop=.1, train=dict(weight_decay=1e-4, betas=(.9,.99), clip=1., seed=seed, log_every=20) | train)
+
+# %% ../nbs/11_amdf.ipynb #42d7fc6c
+@torch.no_grad()
+def latents(vae:VAE, cohort, rows, batch:int=4): # batches `(b, c, 50, h, w)`
+    "Stream the posterior means of cines through the encoder."
+    device = vae.enter.weight.device
+    for part in tqdm(np.array_split(rows, math.ceil(len(rows)/batch)), desc='latents', mininterval=2):
+        x = torch.from_numpy(cohort.batch(part)['la']).to(device).float()/127.5 - 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device.type)): yield vae.encode(x)[0].float().cpu()
+
+@torch.no_grad()
+def beats(pamae:PAMAE, cohort, rows, batch:int=32) -> tuple: # features `(n, 50, d)`, lengths `(n,)` s, cycles `(n,)`
+    "Heart-beat features of many strips."
+    device, out = pamae.mask_token.device, []
+    for part in tqdm(np.array_split(rows, math.ceil(len(rows)/batch)), desc='ECG features', mininterval=2):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device.type)):
+            out.append([t.cpu() for t in cycle_features(pamae, torch.from_numpy(cohort.batch(part)['ecg']).to(device))])
+    return tuple(torch.cat(t) for t in zip(*out))
+
+# %% ../nbs/11_amdf.ipynb #e3a112d5
+def prepare(cohort, pamae:PAMAE, vae:VAE, harmonics:int, folder) -> tuple: # Harmonics, tensors of the training split, how many were left out
+    "Template, spreads and the cached training set of the flow."
+    path, rows = Path(folder)/'cache.safetensors', cohort.index('train')
+    h = Harmonics(vae.channels, harmonics=harmonics)
+    if not path.exists():
+        f, rr, count = beats(pamae, cohort, rows)
+        ok = count > 0
+        if ok.sum() < 2: raise DataError(f'a complete heart beat was found in only {int(ok.sum())} of {len(rows)} training strips', file=cohort.folder, field='cardiac phase', remedy='Train the PA-MAE longer')
+        raw = torch.cat([h.project(z).half() for z in latents(vae, cohort, rows[ok.numpy()])])
+        fit_harmonics(h, raw.float().split(64))
+        keep = dict(raw=raw, f=f[ok], rr=rr[ok], mean=h.mean, spread=h.spread)
+        write_tensors(path, keep, left_out=str(int((~ok).sum())))
+    cache, note = read_tensors(path, 'Delete the file: it is made again')
+    h.mean.copy_(cache['mean']); h.spread.copy_(cache['spread'])
+    return h, cache, note
+
+# %% ../nbs/11_amdf.ipynb #ae3f0a18
+def fit_amdf(cohort, config:dict, run, pamae:tuple, vae:tuple, device:str='auto') -> tuple: # generator, folder
+    "Train, resume or load the flow of a run; `pamae` and `vae` are what their stages returned. The folder holds the bundle."
+    upstream = {k:sha256_file(f/'model.safetensors') for k,(_,f) in dict(pamae=pamae, vae=vae).items()}
+    folder = stage_folder(run, 'amdf', dict(cohort=cohort.fingerprint, upstream=upstream, **config))
+    if finished(folder): return ECGFlowCMR.from_pretrained(folder/'bundle'), folder
+    torch.manual_seed(config['train']['seed'])
+    h, cache, note = prepare(cohort, pamae[0], vae[0], config['harmonics'], folder)
+    settings = {k:read_json(f/'config.json')['model'] for k,(_,f) in dict(pamae=pamae, vae=vae).items()}
+    g = ECGFlowCMR(dict(**settings, dit=dict(config['model'], channels=len(h.spread), features=cache['f'].shape[-1]), harmonics=dict(harmonics=config['harmonics']),
+                        alpha=config['alpha'], pixel_mm=float(cohort.table['pixel_mm'].iloc[0])))
+    g.pamae, g.vae, g.harmonics = pamae[0], vae[0], h
+    g.dit.ecg.mean.copy_(cache['f'].mean(0)); g.dit.ecg.std.copy_(cache['f'].std(0).clamp(min=1e-3))
+    train_field(g, cache, config, folder, device)
+    g.save_pretrained(folder/'bundle', cohort=cohort.fingerprint, kind=cohort.manifest['kind'], subjects=len(cache['f']), config=config)
+    finish_stage(folder, dict(training_subjects=len(cache['f']), strips_without_a_cycle=int(note['left_out'])), config=config)
+    (folder/'cache.safetensors').unlink()
+    return g.eval(), folder
+
+def train_field(g:ECGFlowCMR, cache:dict, config:dict, folder, device:str):
+    "Equation 7 over the cached training set."
+    def loss(dit, index, rng):
+        h = g.harmonics.to(dit.place.device)
+        x1, f, rr = ((cache[k][index].float()).to(dit.place.device) for k in ('raw','f','rr'))
+        return flow_loss(dit, h, (x1-h.mean)/h.spread[:,None,None], f, rr, rng, config['alpha'], config['drop'])
+    fit(g.dit, loss, len(cache['f']), training_steps(config['train'], len(cache['f'])), folder, device, 'AMDF')
+    g.cpu()

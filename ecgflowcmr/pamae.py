@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PATCH', 'POSITIONS', 'SCALE', 'WINDOWS', 'to_patches', 'from_patches', 'phase_target', 'phase_angle', 'phase_error',
            'PhaseHead', 'everywhere', 'PAMAE', 'visible', 'pamae_loss', 'crossings', 'predicted_cycles',
-           'cycle_features']
+           'cycle_features', 'pamae_config', 'pamae_figures', 'fit_pamae']
 
-# %% ../nbs/09_pamae.ipynb #94ed9089
+# %% ../nbs/09_pamae.ipynb #cc3b5622
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,15 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .ecg import DataError, r_peaks, phase_at
-from .layers import Block, mlp, roi_align1d
+from .ecg import r_peaks, phase_at
+from .train import fit, finish_stage, finished, load_stage, stage_folder, training_steps
+from .layers import Block, roi_align1d
 
-# %% ../nbs/09_pamae.ipynb #69be0baf
+# %% ../nbs/09_pamae.ipynb #7d15823f
 PATCH, POSITIONS, SCALE = 8, 625, .3   # samples a position; positions a strip; mV that count as one
-WINDOWS = 5                            # of 125 positions, 2 s each: attention stays within, but for the last block
+WINDOWS = 5                            # of 125 positions, 2 s each: attention stays within
 
-# %% ../nbs/09_pamae.ipynb #9f04f4f8
+# %% ../nbs/09_pamae.ipynb #8cf698fe
 def to_patches(mv:Tensor) -> Tensor: # `(b, 12, 5000)` mV -> `(b, 625, 96)`
     "Cut the strip into positions."
     return rearrange(mv/SCALE, 'b l (n p) -> b n (l p)', p=PATCH)
@@ -31,7 +32,7 @@ def from_patches(x:Tensor) -> Tensor: # `(b, 625, 96)` -> `(b, 12, 5000)` mV
     "Put the strip together again."
     return rearrange(x, 'b n (l p) -> b l (n p)', p=PATCH)*SCALE
 
-# %% ../nbs/09_pamae.ipynb #bbd8010f
+# %% ../nbs/09_pamae.ipynb #c1d62c6a
 def phase_target(mv:np.ndarray) -> np.ndarray: # `(12, 5000)` mV -> `(625, 2)` sine and cosine, NaN where unknown
     "Phase at the middle of each position, from the R peaks of lead II."
     phase = phase_at(r_peaks(mv[1]), mv.shape[1])[PATCH//2::PATCH]
@@ -46,7 +47,7 @@ def phase_error(predicted:Tensor, target:Tensor) -> Tensor: # mean absolute angl
     d = (phase_angle(predicted)-phase_angle(target)+torch.pi) % (2*torch.pi) - torch.pi
     return d.abs()[~target.isnan().any(-1)].mean()
 
-# %% ../nbs/09_pamae.ipynb #c6d09da4
+# %% ../nbs/09_pamae.ipynb #ab1a8d79
 class PhaseHead(nn.Module):
     "Sine and cosine of the cardiac phase from the features (equation 1)."
     def __init__(self, dim:int, hidden:int=48):
@@ -60,17 +61,18 @@ class PhaseHead(nn.Module):
         for conv in self.wide: h = h + conv(F.gelu(h))
         return rearrange(self.leave(F.gelu(h)), 'b c n -> b n c')
 
-# %% ../nbs/09_pamae.ipynb #6d6d6dca
+# %% ../nbs/09_pamae.ipynb #d814db56
 def everywhere(x:Tensor) -> Tensor: # `(b, n)`: 0 ... n-1
     "The positions of an unmasked strip."
     return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
+# %% ../nbs/09_pamae.ipynb #1f3c6e61
 class PAMAE(nn.Module):
     "Encoder, decoder and phase head."
     def __init__(self, width:int=128, depth:int=4, heads:int=4, decoder_depth:int=1):
         super().__init__()
         self.embed, self.norm = nn.Linear(12*PATCH, width), nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, heads, 1 if i==depth-1 else WINDOWS) for i in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, WINDOWS, shift=i%2==1) for i in range(depth))
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.decoder = nn.ModuleList(Block(width, heads, WINDOWS) for _ in range(decoder_depth))
         self.paint, self.phase = nn.Linear(width, 12*PATCH), PhaseHead(width)
@@ -92,7 +94,7 @@ class PAMAE(nn.Module):
         for block in self.decoder: x = block(x, everywhere(x))
         return self.paint(x)
 
-# %% ../nbs/09_pamae.ipynb #d109ed34
+# %% ../nbs/09_pamae.ipynb #12b43211
 def visible(b:int, n:int, ratio:float, rng:torch.Generator) -> Tensor: # `(b, k)` positions kept, in order
     "Keep a random `1 - ratio` of the positions of each window, the same number in all."
     m = n//WINDOWS
@@ -107,7 +109,7 @@ def pamae_loss(model:PAMAE, mv:Tensor, target:Tensor, keep:Tensor) -> dict: # lo
     phase = (model.phase(model.encode(mv)).float() - target.nan_to_num())[known].square().sum(-1).mean()
     return dict(loss=rec+phase, rec=rec.detach(), phase=phase.detach())
 
-# %% ../nbs/09_pamae.ipynb #29bf4300
+# %% ../nbs/09_pamae.ipynb #0f546a1e
 def crossings(a:np.ndarray, b:np.ndarray) -> np.ndarray: # fractional positions, feature i standing at i + .5
     "Where `a` rises through zero while `b` is positive."
     i = np.flatnonzero((a[:-1] < 0) & (a[1:] >= 0) & (b[:-1]+b[1:] > 0))
@@ -124,7 +126,7 @@ def predicted_cycles(sincos:np.ndarray,  # `(625, 2)` predicted sine and cosine
     seconds = (pairs[:,1]-pairs[:,0])/fs
     return pairs[once & (seconds > .3) & (seconds < 2.4)]
 
-# %% ../nbs/09_pamae.ipynb #0cd03d99
+# %% ../nbs/09_pamae.ipynb #8344cacf
 @torch.no_grad()
 def cycle_features(model:PAMAE,
                    mv:Tensor,     # `(b, 12, 5000)` mV
@@ -133,10 +135,54 @@ def cycle_features(model:PAMAE,
     f = model.encode(mv)
     cycles = [predicted_cycles(p) for p in model.phase(f).float().cpu().numpy()]
     count = torch.tensor([len(c) for c in cycles])
-    if (count == 0).any(): raise DataError(f'no complete heart beat was found in {int((count==0).sum())} of {len(mv)} strips', field='cardiac phase', remedy='Check the recording: 10 s of a regular 12-lead ECG are needed')
     rois = torch.cat([F.pad(torch.as_tensor(c, dtype=torch.float32), (1,0), value=i) for i,c in enumerate(cycles)]).to(f.device)
     beats = roi_align1d(rearrange(f.float(), 'b n d -> b d n'), rois)
     owner = rois[:,0].long()
     mean = torch.zeros(len(mv), *beats.shape[1:], device=f.device).index_add_(0, owner, beats)/count.to(f.device)[:,None,None]
-    rr = torch.tensor([float(np.diff(c).mean()) for c in cycles])*PATCH/500
+    rr = torch.tensor([float(np.diff(c).mean()) if len(c) else float('nan') for c in cycles])*PATCH/500
     return rearrange(mean, 'b d k -> b k d'), rr.to(f.device), count
+
+# %% ../nbs/09_pamae.ipynb #876165a1
+def pamae_config(preset:str='demo', seed:int=0) -> dict: # settings of the stage
+    "Sizes of the encoder and of its training."
+    model = dict(smoke=dict(width=64, depth=2), demo=dict(width=128, depth=4), paper=dict(width=384, depth=8, heads=6))[preset]
+    train = dict(smoke=dict(steps=50, batch=8, lr=3e-3, warmup=5, ema=.9), demo=dict(steps=160, batch=16, lr=2e-3, warmup=20, ema=.95),
+                 paper=dict(epochs=10, batch=4, lr=1e-4, warmup=1000, ema=.9999))[preset]
+    return dict(model=model, mask_ratio=.5, train=dict(weight_decay=1e-4, betas=(.9,.95), clip=1., seed=seed, log_every=10) | train)
+
+# %% ../nbs/09_pamae.ipynb #a9bbe623
+@torch.no_grad()
+def pamae_figures(model:PAMAE, cohort, rows:np.ndarray) -> dict: # figures of merit
+    "Phase error (rad), heart rate from predicted cycles against truth (r, 1/min), on held-out subjects."
+    errors, rates, recs = [], [], []
+    for part in np.array_split(rows, max(1, len(rows)//32)):
+        mv = torch.from_numpy(cohort.batch(part)['ecg'])
+        target = torch.from_numpy(np.stack([phase_target(m) for m in mv.numpy()]))
+        rng = torch.Generator().manual_seed(0)
+        f, keep = model.encode(mv), visible(len(mv), POSITIONS, .5, rng)
+        errors += [phase_error(p, t).item() for p,t in zip(model.phase(f), target)]
+        recs.append(pamae_loss(model, mv, target, keep)['rec'].item())
+        rates += [60/r for r in cycle_features(model, mv)[1].tolist()]
+    truth, rates = 60/cohort.table['rr_s'].to_numpy()[rows], np.array(rates)
+    ok = np.isfinite(rates)
+    r = float(np.corrcoef(truth[ok], rates[ok])[0,1]) if ok.sum() > 2 else float('nan')
+    return dict(phase_error_rad=float(np.mean(errors)), heart_rate_r=r, heart_rate_error_median=float(np.median(np.abs(rates-truth)[ok])) if ok.any() else float('nan'),
+                reconstruction_mse=float(np.mean(recs)), strips=len(rows), strips_without_a_cycle=int((~ok).sum()))
+
+# %% ../nbs/09_pamae.ipynb #949afbab
+def fit_pamae(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
+    "Train, resume or load the PA-MAE of a run."
+    folder = stage_folder(run, 'pamae', dict(cohort=cohort.fingerprint, **config))
+    torch.manual_seed(config['train']['seed'])
+    model = PAMAE(**config['model'])
+    if finished(folder): return load_stage(folder, model), folder
+    rows = cohort.index('train')
+    targets = torch.from_numpy(np.stack([phase_target(cohort.ecg[i]) for i in tqdm(rows, desc='R peaks', unit='ECG', mininterval=2)]))
+    def loss(m, index, rng):
+        on = lambda x: x.to(m.mask_token.device)
+        mv = torch.from_numpy(cohort.batch(rows[index.numpy()])['ecg'])
+        return pamae_loss(m, on(mv), on(targets[index]), on(visible(len(index), POSITIONS, config['mask_ratio'], rng)))
+    fit(model, loss, len(rows), training_steps(config['train'], len(rows)), folder, device, 'PA-MAE')
+    model.cpu()
+    finish_stage(folder, pamae_figures(model, cohort, cohort.index('test')), config=config)
+    return model, folder

@@ -5,7 +5,7 @@ import imageio_ffmpeg, nibabel as nib, numpy as np, pydicom, pytest
 from PIL import Image
 from ecgflowcmr.cine import read_nifti, to_float, to_uint8, write_nifti, write_video, write_webp
 from ecgflowcmr.ecg import DataError
-from ecgflowcmr.files import atomic_write, locked, read_json, write_json
+from ecgflowcmr.files import locked, read_json, write_json
 from ecgflowcmr.virtual.people import virtual_subject
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def test_killed_writer_leaves_the_earlier_file(tmp_path):
     write_json(f, dict(n=1))
     code = f"""
 import sys, time
-from ecgflowcmr.files import atomic_write, locked
+from ecgflowcmr.files import locked
 with locked({str(f)!r}), atomic_write({str(f)!r}) as tmp:
     tmp.write_text('{{"n": 2'); print('half', flush=True); time.sleep(60)
 """

@@ -7,7 +7,7 @@ __all__ = ['SIZE', 'PIXEL_MM', 'Scan', 'pixel_grid', 'heart_grid', 'cover', 'rin
            'left_ventricle', 'right_ventricle', 'atria', 'disc', 'paint', 'chest', 'tissues', 'label', 'brightness',
            'acquire', 'four_chamber']
 
-# %% ../../nbs/03_virtual.scan.ipynb #730df7de
+# %% ../../nbs/03_virtual.scan.ipynb #e40eacaf
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,10 @@ from scipy.ndimage import gaussian_filter
 
 from .heart import Geometry, ring_law, rv_profile, RV_END
 
-# %% ../../nbs/03_virtual.scan.ipynb #fd9eccb4
+# %% ../../nbs/03_virtual.scan.ipynb #219fdb1a
 SIZE, PIXEL_MM = 96, 1.83   # the paper's crop: 96 pixels, 176 mm
 
-# %% ../../nbs/03_virtual.scan.ipynb #2995bc97
+# %% ../../nbs/03_virtual.scan.ipynb #b428c9ab
 @dataclass
 class Scan:
     "How the heart lies in the image and how the scanner sees it."
@@ -35,7 +35,7 @@ class Scan:
     blur:float = .55      # point spread, SD in pixels
     inflow:tuple = (1.,1.,1.,1.) # brightness of the blood in LV, RV, LA, RA
 
-# %% ../../nbs/03_virtual.scan.ipynb #d8e2ba1c
+# %% ../../nbs/03_virtual.scan.ipynb #6cc954c3
 def pixel_grid(size:int=SIZE, pixel_mm:float=PIXEL_MM) -> tuple: # x, y `(size, size)`, mm right and down from the middle
     "Pixel centres in millimetres."
     at = ((np.arange(size)+.5 - size/2)*pixel_mm).astype('f4')
@@ -49,7 +49,7 @@ def heart_grid(g:Geometry, scan:Scan, size:int=SIZE, pixel_mm:float=PIXEL_MM) ->
     s,u = x*np.sin(th) - y*np.cos(th) + along, x*np.cos(th) + y*np.sin(th) + side
     return s.astype('f4'), u.astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #599612e5
+# %% ../../nbs/03_virtual.scan.ipynb #6bc1b85d
 def cover(d:ndarray, pixel_mm:float=PIXEL_MM) -> ndarray: # share inside, 0..1
     "Share of a pixel inside a boundary at signed distance `d` (mm, negative inside)."
     return np.clip(np.float32(.5) - d/np.float32(pixel_mm), 0, 1)
@@ -63,7 +63,7 @@ def ellipse_distance(ds:ndarray, du:ndarray, a:ndarray, b:ndarray) -> ndarray: #
     f = np.sqrt((ds/a)**2 + (du/b)**2) + np.float32(1e-4)
     return (f-1)*f/np.sqrt((ds/a**2)**2 + (du/b**2)**2 + np.float32(1e-8))
 
-# %% ../../nbs/03_virtual.scan.ipynb #6eb67857
+# %% ../../nbs/03_virtual.scan.ipynb #c3c2c2c6
 def column(a) -> ndarray: # (n, 1, 1)
     "A curve over frames, ready to broadcast against pixels."
     return np.asarray(a, 'f4').reshape(-1,1,1)
@@ -85,7 +85,7 @@ def right_ventricle(g:Geometry, s:ndarray, u:ndarray, radius:ndarray, wall:float
     outside = np.clip(cover((e-width-wall*np.minimum(width/6, 1))*.8) - cover(e), 0, 1)*top
     return inside, np.clip(outside-inside, 0, 1), e-width
 
-# %% ../../nbs/03_virtual.scan.ipynb #2c3528af
+# %% ../../nbs/03_virtual.scan.ipynb #578416c3
 def atria(g:Geometry, s:ndarray, u:ndarray) -> tuple: # left, right: signed distances `(n, h, w)`, mm; where they are, mm
     "Two ellipses below their valve planes."
     (la,lb), (ra,rb) = ((column(x) for x in ax) for ax in (g.la, g.ra))
@@ -94,7 +94,7 @@ def atria(g:Geometry, s:ndarray, u:ndarray) -> tuple: # left, right: signed dist
     d = (ellipse_distance(s-(column(p)-a), u-np.float32(c), a, b) for p,a,b,c in ((g.mitral,la,lb,left), (g.tricuspid,ra,rb,right)))
     return (*d, (left,right))
 
-# %% ../../nbs/03_virtual.scan.ipynb #88e0819c
+# %% ../../nbs/03_virtual.scan.ipynb #cee80998
 def disc(x:ndarray, y:ndarray, cx:float, cy:float, r:float, softness:float=1.5) -> ndarray: # share, 0..1
     "A soft round thing."
     return np.clip(.5 - (np.hypot(x-cx, y-cy) - r)/softness, 0, 1)
@@ -116,7 +116,7 @@ def chest(scan:Scan, rng:np.random.Generator, size:int=SIZE, pixel_mm:float=PIXE
     im = paint(im, disc(x, y, 20, 66, 14.2, 2), .25); im = paint(im, disc(x, y, 20, 66, 12.4, 2), .95) # descending aorta and its wall
     return im.astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #34c548b3
+# %% ../../nbs/03_virtual.scan.ipynb #795330db
 def tissues(g:Geometry, scan:Scan, size:int=SIZE, pixel_mm:float=PIXEL_MM) -> dict: # name -> share `(n, size, size)`
     "Shares of all that moves, in the order in which it is painted."
     s,u = heart_grid(g, scan, size, pixel_mm)
@@ -137,7 +137,7 @@ def label(t:dict) -> ndarray: # `(n, size, size)` uint8
     shares = np.stack([t[k] for k in ('lv','myo','rv','la','ra')])
     return np.where(shares.max(0) >= .5, shares.argmax(0)+1, 0).astype('u1')
 
-# %% ../../nbs/03_virtual.scan.ipynb #5893e95b
+# %% ../../nbs/03_virtual.scan.ipynb #c0ecf338
 def brightness(t:dict, still:ndarray, scan:Scan) -> ndarray: # `(n, size, size)`, blood = 1
     "Paint the tissues over the chest."
     lv,rv,la,ra = scan.inflow
