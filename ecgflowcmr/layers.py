@@ -6,7 +6,7 @@
 __all__ = ['sinusoid', 'periodic', 'rotary', 'attend', 'Attention', 'mlp', 'Block', 'AdaBlock', 'lerp1d', 'roi_align1d',
            'fourier_basis']
 
-# %% ../nbs/08_layers.ipynb #ee54b463
+# %% ../nbs/08_layers.ipynb #214673b5
 import math
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# %% ../nbs/08_layers.ipynb #a286f103
+# %% ../nbs/08_layers.ipynb #bea79b9a
 def sinusoid(x:Tensor,             # any shape
              dim:int,              # even
              period:float=10000.,  # of the slowest pair, over 2 pi
@@ -31,7 +31,7 @@ def periodic(n:int,    # positions on the circle
     a = 2*math.pi*torch.arange(n)[:,None]*torch.arange(1, dim//2+1)[None]/n
     return torch.cat([a.sin(), a.cos()], -1)
 
-# %% ../nbs/08_layers.ipynb #af4f01e1
+# %% ../nbs/08_layers.ipynb #12e1f5b3
 def rotary(x:Tensor,        # queries or keys `(b, h, n, d)`
            at:Tensor,       # positions `(n,)` or `(b, n)`
            period:float=2000.,
@@ -45,13 +45,13 @@ def rotary(x:Tensor,        # queries or keys `(b, h, n, d)`
     u,v = x.chunk(2, -1)
     return torch.cat([u*c - v*s, u*s + v*c], -1)
 
-# %% ../nbs/08_layers.ipynb #09c7b14e
+# %% ../nbs/08_layers.ipynb #49843c4b
 def attend(q:Tensor, k:Tensor, v:Tensor) -> Tensor: # each `(b, h, n, d)`
     "Scaled dot-product attention: the fused kernel on a GPU, two plain products on a CPU, where the fused kernel's backward pass is several times slower for sequences as short as ours."
     if q.is_cuda: return F.scaled_dot_product_attention(q, k, v)
     return ((q*q.shape[-1]**-.5) @ k.transpose(-1,-2)).softmax(-1).to(v.dtype) @ v
 
-# %% ../nbs/08_layers.ipynb #71b94f6a
+# %% ../nbs/08_layers.ipynb #fbae5cc3
 class Attention(nn.Module):
     "Multi-head attention on `context`, or on itself."
     def __init__(self, dim:int, heads:int, context:int=None):
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         if at is not None: q,k = rotary(q, at), rotary(k, at)
         return self.out(rearrange(attend(q*self.gain.to(q.dtype), k, v), 'b h n d -> b n (h d)'))
 
-# %% ../nbs/08_layers.ipynb #b59ef2f3
+# %% ../nbs/08_layers.ipynb #90b0a682
 def mlp(dim:int, hidden:int=None, out:int=None) -> nn.Sequential:
     "Two linear layers with a GELU between."
     hidden = hidden or 4*dim
@@ -87,7 +87,7 @@ class Block(nn.Module):
         x = x + (y.roll(-by, 1) if by else y)
         return x + self.mlp(self.n2(x))
 
-# %% ../nbs/08_layers.ipynb #7b2614c0
+# %% ../nbs/08_layers.ipynb #fe15dfb6
 class AdaBlock(nn.Module):
     "Self-attention, cross-attention and MLP, each modulated by a condition vector."
     def __init__(self, dim:int, heads:int, context:int, condition:int):
@@ -103,7 +103,7 @@ class AdaBlock(nn.Module):
             x = x + gate*f(norm(x)*(1+scale) + shift)
         return x
 
-# %% ../nbs/08_layers.ipynb #73a4664f
+# %% ../nbs/08_layers.ipynb #3ff2220f
 def lerp1d(x:Tensor,  # `(n, c, t)`
            at:Tensor, # `(n, k)`: positions, 0 = centre of the first feature
           ) -> Tensor: # `(n, c, k)`
@@ -125,7 +125,7 @@ def roi_align1d(x:Tensor,      # features `(b, c, t)`
     at = start[:,None] + (torch.arange(size*samples, device=x.device)+.5)*step[:,None]
     return rearrange(lerp1d(x[b.long()], at-.5), 'n c (k s) -> n c k s', s=samples).mean(-1)
 
-# %% ../nbs/08_layers.ipynb #ce64882e
+# %% ../nbs/08_layers.ipynb #608ad41c
 def fourier_basis(n:int,         # frames
                   harmonics:int, # at most (n-1)//2
                  ) -> Tensor:    # `(2*harmonics+1, n)`, orthonormal rows

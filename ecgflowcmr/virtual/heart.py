@@ -7,7 +7,7 @@ __all__ = ['FRAMES', 'DENSITY', 'RANGES', 'LONG', 'CUT', 'RV_ANGLE', 'RV_END', '
            'emptying', 'time_course', 'spheroid_volume', 'lv_shape', 'ring_law', 'rv_profile', 'rv_width', 'Geometry',
            'atrium', 'geometry', 'phenotypes']
 
-# %% ../../nbs/02_virtual.heart.ipynb #7b3ab55b
+# %% ../../nbs/02_virtual.heart.ipynb #52744405
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,11 @@ from numpy import ndarray
 
 from ..ecg import DataError
 
-# %% ../../nbs/02_virtual.heart.ipynb #72d87e6c
+# %% ../../nbs/02_virtual.heart.ipynb #dc09d63b
 FRAMES = 50        # frames a cardiac cycle, as in the paper's cines
 DENSITY = 1.05     # of myocardium, g/mL
 
-# %% ../../nbs/02_virtual.heart.ipynb #e2714425
+# %% ../../nbs/02_virtual.heart.ipynb #47afda49
 @dataclass
 class Heart:
     "Size and function of one virtual heart; frame 0 is end-diastole."
@@ -39,7 +39,7 @@ class Heart:
     early:float = .6     # share of the filling that is early (E wave), 0..1
     male:bool = True     # systolic times differ by sex
 
-# %% ../../nbs/02_virtual.heart.ipynb #e4c7600a
+# %% ../../nbs/02_virtual.heart.ipynb #d070994c
 RANGES = dict(lvedv=(40,500), lvef=(8,85), lvm=(30,450), rvedv=(40,500), rvef=(8,85), la_max=(15,300), la_ef=(3,85), ra_max=(15,350),
               ra_ef=(3,85), hr=(35,160), pr_ms=(80,320), ell=(-30,-2), tapse=(4,35), early=(.2,.95))
 
@@ -53,7 +53,7 @@ def check_heart(h:Heart) -> Heart:  # the same heart, if its numbers are possibl
         raise DataError(f'systole would not fit into one beat of {60000/h.hr:.0f} ms', file='virtual heart', field='hr', remedy='Lower the heart rate.')
     return h
 
-# %% ../../nbs/02_virtual.heart.ipynb #8b6310d5
+# %% ../../nbs/02_virtual.heart.ipynb #294e5b6f
 def systole_ms(h:Heart) -> tuple: # (begin of ejection, end-systole), ms after R
     "Ejection begins after isovolumic contraction and ends at end-systole (Weissler's QS2 less 45 ms)."
     qs2 = 546 - 2.1*h.hr if h.male else 549 - 2.0*h.hr
@@ -66,7 +66,7 @@ def ramp(t:ndarray,  # times, ms
     "A smooth step from 0 to 1."
     return .5 - .5*np.cos(np.pi*np.clip((t-start)/(end-start), 0, 1))
 
-# %% ../../nbs/02_virtual.heart.ipynb #3438ac91
+# %% ../../nbs/02_virtual.heart.ipynb #ba081f57
 def emptying(h:Heart, t:ndarray, start:float, early:float) -> ndarray: # share of the stroke, 0 at end-diastole, 1 at end-systole
     "Ejection from `start` ms, then early filling, diastasis and atrial kick; periodic in the beat."
     rr, (_,es) = 60000/h.hr, systole_ms(h)
@@ -83,7 +83,7 @@ def time_course(h:Heart, n:int=FRAMES) -> dict: # name -> curve (n,)
     return dict(t=t, lv=h.lvedv*(1 - h.lvef/100*out), rv=h.rvedv*(1 - h.rvef/100*out), la=atrium(h.la_max, h.la_ef), ra=atrium(h.ra_max, h.ra_ef),
                 stretch=1 + h.ell/100*out, tricuspid=h.tapse*out)
 
-# %% ../../nbs/02_virtual.heart.ipynb #1b0ec28d
+# %% ../../nbs/02_virtual.heart.ipynb #3524ad1d
 LONG, CUT = 1.9, .45  # long semi-axis over short one; mitral plane above the centre, in long semi-axes
 
 def spheroid_volume(a:float,   # short semi-axis, mm
@@ -104,7 +104,7 @@ def lv_shape(h:Heart) -> tuple: # (a, c, w): short and long semi-axis of the cav
         else: high = w
     return a, c, w
 
-# %% ../../nbs/02_virtual.heart.ipynb #5372a115
+# %% ../../nbs/02_virtual.heart.ipynb #af7706a3
 def ring_law(s:ndarray,      # heights over the mitral plane at end-diastole, towards the apex, mm
              shape:tuple,    # `lv_shape`
              v:ndarray=1.,   # cavity volume over its end-diastolic one
@@ -119,11 +119,11 @@ def ring_law(s:ndarray,      # heights over the mitral plane at end-diastole, to
     inner = np.where(ri>0, ri*v, ri)/l
     return inner, np.where(ri>0, inner + (ro-ri)/l, ro/l)
 
-# %% ../../nbs/02_virtual.heart.ipynb #52612239
+# %% ../../nbs/02_virtual.heart.ipynb #b153451f
 RV_ANGLE = 1.4   # half-angle of the crescent, rad
 RV_END = .93     # the right ventricle ends at this share of the way to the apex
 
-# %% ../../nbs/02_virtual.heart.ipynb #92648688
+# %% ../../nbs/02_virtual.heart.ipynb #ea397434
 def rv_profile(x:ndarray) -> ndarray: # width relative to that at the base
     "Width of the right ventricle from the tricuspid plane (x=0) to its apex (x=1)."
     x = np.clip(x, 0, 1)
@@ -143,7 +143,7 @@ def rv_width(volume:ndarray,  # target volumes (n,), mL
     p, q = (RV_ANGLE*ro*f*ds).sum(1), (.375*RV_ANGLE*f*f*ds).sum(1)
     return (-p + np.sqrt(p*p + 4*q*volume*1000))/(2*q)
 
-# %% ../../nbs/02_virtual.heart.ipynb #f7613658
+# %% ../../nbs/02_virtual.heart.ipynb #2fa61e75
 @dataclass
 class Geometry:
     "A beating heart, ready to be cut by a plane: heights from the mitral plane towards the apex, mm; curves `(n,)`."
@@ -159,7 +159,7 @@ class Geometry:
     la:tuple           # left atrium: semi-axes along (n,) and across (n,) the long axis, mm
     ra:tuple           # right atrium, likewise
 
-# %% ../../nbs/02_virtual.heart.ipynb #a74157de
+# %% ../../nbs/02_virtual.heart.ipynb #b1b66e99
 def atrium(volume:ndarray, # curve (n,), mL
            plane:ndarray,  # height of its valve plane (n,), mm
           ) -> tuple:      # semi-axes along and across the long axis (n,), mm
@@ -177,7 +177,7 @@ def geometry(h:Heart, n:int=FRAMES) -> Geometry:
     return Geometry(h, shape, curves, v, l, apex, mitral, tricuspid, rv_width(curves['rv'], shape, v, l, tricuspid, RV_END*apex),
                     atrium(curves['la'], mitral), atrium(curves['ra'], tricuspid))
 
-# %% ../../nbs/02_virtual.heart.ipynb #d5e03ed5
+# %% ../../nbs/02_virtual.heart.ipynb #4e9b6be2
 def phenotypes(g:Geometry) -> dict: # name -> value in UK Biobank's units
     "Volumes (mL), ejection fractions (%), output (L/min), mass (g), wall thickness (mm) and strains (%), exact."
     h, out = g.heart, {}

@@ -6,7 +6,7 @@
 __all__ = ['COUPLINGS', 'POPULATION', 'streams', 'body', 'heart_of', 'heart_scores', 'electrics_of', 'VirtualSubject', 'scan_of',
            'check_population', 'virtual_subject']
 
-# %% ../../nbs/05_virtual.people.ipynb #a09a0c50
+# %% ../../nbs/05_virtual.people.ipynb #4443b1fc
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +17,10 @@ from .heart import Heart, geometry, phenotypes, RANGES
 from .scan import Scan, four_chamber, PIXEL_MM
 from .ecg import Electrics, virtual_ecg
 
-# %% ../../nbs/05_virtual.people.ipynb #28b887f4
+# %% ../../nbs/05_virtual.people.ipynb #c3c96a1f
 COUPLINGS = dict(strong=.9, realistic=.3, none=0.)
 
-# %% ../../nbs/05_virtual.people.ipynb #e34fd9a6
+# %% ../../nbs/05_virtual.people.ipynb #3d5341d7
 def streams(i:int, seed:int, n:int=4) -> list: # numpy Generators
     "Independent streams of subject `i` of cohort `seed`: body, electrics, ECG noise, scanner."
     return [np.random.default_rng(s) for s in np.random.SeedSequence([seed, i]).spawn(n)]
@@ -35,7 +35,7 @@ def body(rng:np.random.Generator) -> dict: # covariates in UK Biobank's units
     hr = float(np.clip(59.5*np.exp(-.02*(male-.5) + .004*(bmi-26.6) + .155*rng.normal()), 40, 105))
     return dict(sex='male' if male else 'female', age=age, height=height, weight=weight, bmi=bmi, sbp=sbp, hr=hr, bsa=.007184*weight**.425*height**.725)
 
-# %% ../../nbs/05_virtual.people.ipynb #7d68ebba
+# %% ../../nbs/05_virtual.people.ipynb #f35a287f
 def heart_of(b:dict, rng:np.random.Generator) -> Heart:
     "Volumes, mass and function of a healthy person's heart."
     male = b['sex']=='male'; pick = lambda m,f: m if male else f
@@ -53,10 +53,10 @@ def heart_of(b:dict, rng:np.random.Generator) -> Heart:
              ra_max=ra, ra_ef=44 + 9*z[8], pr_ms=166 + 3*a + 22*z[9], ell=-18.5 - .2*(lvef-59) + 2*z[10], tapse=22 + 3*z[11], early=.62 - .08*a + .05*z[12])
     return Heart(**{k:float(np.clip(v, *RANGES[k])) for k,v in h.items()}, hr=b['hr'], male=male)
 
-# %% ../../nbs/05_virtual.people.ipynb #a8d88193
+# %% ../../nbs/05_virtual.people.ipynb #25f83700
 POPULATION = dict(lvedv=(4.95,.22), lvm=(4.42,.25), lvef=(59.5,5.7), rvedv=(5.02,.24), la_max=(4.16,.29), ra_max=(4.34,.29), angle=(32.,8.)) # mean, SD; logarithms of volumes and mass
 
-# %% ../../nbs/05_virtual.people.ipynb #f4ab31ff
+# %% ../../nbs/05_virtual.people.ipynb #cbefcdf0
 def heart_scores(h:Heart, angle:float) -> dict: # name -> z
     "Heart quantities standardised by the population."
     value = {k:(angle if k=='angle' else getattr(h,k) if k=='lvef' else np.log(getattr(h,k))) for k in POPULATION}
@@ -71,7 +71,7 @@ def electrics_of(h:Heart, angle:float, rho:float, rng:np.random.Generator) -> El
                      p_gain=float(np.exp(.3*f['ra_max'])), axis_deg=float(9 - 9*f['angle']), azimuth_deg=float(8*n[8]), qtc_ms=float(np.clip(419 + 18*n[9], 350, 500)),
                      rmssd_ms=float(min(np.exp(np.log(22) + .5*n[10]), 90)), noise_uv=float(np.exp(np.log(8) + .3*n[11])))
 
-# %% ../../nbs/05_virtual.people.ipynb #5cf5e3f7
+# %% ../../nbs/05_virtual.people.ipynb #f7d6cfb8
 @dataclass
 class VirtualSubject:
     "An ECG and a cine of one heart, and all that is known of it."
@@ -85,7 +85,7 @@ class VirtualSubject:
     covariates:dict   # age, sex, body size, ...
     diagnoses:list    # ICD-10 codes
 
-# %% ../../nbs/05_virtual.people.ipynb #3224ec0c
+# %% ../../nbs/05_virtual.people.ipynb #a629f0a6
 def scan_of(rng:np.random.Generator) -> Scan:
     "A position in the scanner and its settings, drawn for one subject."
     n, u = rng.normal(size=12), rng.uniform(size=4)
