@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'PARTS', 'Harmonics', 'fit_harmonics', 'Guess', 'principal'
            'loss_weight', 'flow_loss', 'check_range', 'euler', 'guided', 'ECGFlowCMR', 'check_bundle', 'as_strip',
            'amdf_config', 'latents', 'beats', 'prepare', 'fit_amdf', 'train_field']
 
-# %% ../nbs/11_amdf.ipynb #1f3d9848
+# %% ../nbs/11_amdf.ipynb #7158f20e
 import math
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ from .layers import AdaBlock, Block, fourier_basis, mlp, periodic, sinusoid
 from .pamae import PAMAE, cycle_features
 from .vae import VAE
 
-# %% ../nbs/11_amdf.ipynb #19179b97
+# %% ../nbs/11_amdf.ipynb #72d60004
 class Harmonics(nn.Module):
     "Latents `(b, c, 50, h, w)` to standardised coefficients `(b, 17*c, h, w)` and back."
     def __init__(self, channels:int=4, frames:int=50, harmonics:int=8, size:int=12):
@@ -53,7 +53,7 @@ class Harmonics(nn.Module):
     def template(self) -> Tensor: # `(c, h, w)`: the mean latent over subjects and time
         return self.mean[:self.channels]/math.sqrt(self.basis.shape[1])
 
-# %% ../nbs/11_amdf.ipynb #36d10b50
+# %% ../nbs/11_amdf.ipynb #93a72b51
 @torch.no_grad()
 def fit_harmonics(h:Harmonics, batches) -> Harmonics: # batches of coefficients `(b, 17*c, h, w)`
     "Set template, mean motion and spreads from a stream of training coefficients."
@@ -66,7 +66,7 @@ def fit_harmonics(h:Harmonics, batches) -> Harmonics: # batches of coefficients 
     h.mean.copy_(mean); h.spread.copy_((square/n - mean.square()).clamp(min=0).mean((1,2)).sqrt().clamp(min=1e-4))
     return h
 
-# %% ../nbs/11_amdf.ipynb #179a81e4
+# %% ../nbs/11_amdf.ipynb #74a96e3a
 class Guess(nn.Module):
     "Ridge regression from the features of a beat to the coefficients of a cine."
     def __init__(self, features:int, channels:int, size:int=12, components:int=96):
@@ -83,7 +83,7 @@ class Guess(nn.Module):
     def forward(self, f:Tensor, rr:Tensor) -> Tensor:
         with torch.autocast(f.device.type, enabled=False): return self.expand(self.standard(f, rr) @ self.weight)
 
-# %% ../nbs/11_amdf.ipynb #573b7690
+# %% ../nbs/11_amdf.ipynb #2b40707a
 @torch.no_grad()
 def principal(x:Tensor, k:int) -> tuple: # scores `(n, k)`, components `(k, d)` with x close to scores @ components
     "Principal components of the rows of `x` (of mean 0)."
@@ -108,7 +108,7 @@ def ridge_loo(F:Tensor,  # `(n, d)` standardised
     _, penalty, loo = best
     return F.T @ (u @ (uy/(e+penalty)[:,None])), loo, float(penalty)
 
-# %% ../nbs/11_amdf.ipynb #42528fd4
+# %% ../nbs/11_amdf.ipynb #c3db9659
 @torch.no_grad()
 def fit_guess(guess:Guess, f:Tensor, rr:Tensor, x1:Tensor, # features, beat lengths, standardised coefficients of the training split
               weight:Tensor,                               # of a coefficient in the loss `(channels,)`
@@ -129,7 +129,7 @@ def fit_guess(guess:Guess, f:Tensor, rr:Tensor, x1:Tensor, # features, beat leng
     y[some] = loo
     return y
 
-# %% ../nbs/11_amdf.ipynb #3c028a35
+# %% ../nbs/11_amdf.ipynb #8b19f58c
 class ECGCondition(nn.Module):
     "Context tokens `(b, 50, width)`, condition vector `(b, width)` and first guess `(b, channels, h, w)` from the features of a beat."
     def __init__(self, features:int, width:int, channels:int, size:int=12, heads:int=4, depth:int=2):
@@ -155,7 +155,7 @@ class ECGCondition(nn.Module):
         gone = lambda y, none: torch.where(drop.view(-1, *[1]*(y.ndim-1)), none.to(y.dtype), y)
         return gone(x, self.none), gone(pooled, self.none_pool), gone(first, torch.zeros_like(first))
 
-# %% ../nbs/11_amdf.ipynb #4238b652
+# %% ../nbs/11_amdf.ipynb #c1c0d13e
 class DiT(nn.Module):
     "v(z_t, t, c): the velocity of the standardised coefficients."
     def __init__(self, channels:int=68, width:int=256, depth:int=6, heads:int=4, features:int=128, template:int=4, size:int=12, patch:int=1):
@@ -182,7 +182,7 @@ class DiT(nn.Module):
         shift,scale = self.final(F.silu(c))[:,None].chunk(2, -1)
         return rearrange(self.leave(self.norm(h)*(1+scale) + shift), 'b (h w) (c p q) -> b c (h p) (w q)', h=x.shape[2]//self.patch, **p)
 
-# %% ../nbs/11_amdf.ipynb #17b55457
+# %% ../nbs/11_amdf.ipynb #32e2bd91
 def loss_weight(h:Harmonics) -> Tensor: # `(channels,)`, mean 1
     "The spread of a coefficient: between counting every coefficient alike and counting the error of the latent itself."
     return h.spread/h.spread.mean()
@@ -205,7 +205,7 @@ def flow_loss(dit:DiT, h:Harmonics,
     w = loss_weight(h)
     return dict(loss=(error*w).mean(), plain=error.mean().detach())
 
-# %% ../nbs/11_amdf.ipynb #c18affa3
+# %% ../nbs/11_amdf.ipynb #527a79da
 def check_range(name:str, value, low, high, whole:bool=False):
     "Refuse a number outside its range."
     if not (isinstance(value, int if whole else (int,float)) and not isinstance(value, bool) and low <= value <= high):
@@ -231,11 +231,11 @@ def guided(dit:DiT, template:Tensor, f:Tensor, rr:Tensor, guidance:float=1.):
         return u + guidance*(v-u)
     return field
 
-# %% ../nbs/11_amdf.ipynb #caba4b9f
+# %% ../nbs/11_amdf.ipynb #9116db94
 FORMAT = 1                                                      # of the bundle folder
 PARTS = ('pamae', 'vae', 'dit', 'harmonics')
 
-# %% ../nbs/11_amdf.ipynb #43ec9868
+# %% ../nbs/11_amdf.ipynb #5c1ae175
 class ECGFlowCMR(nn.Module):
     "The whole generator: `from_pretrained(folder).generate(ecg)` makes a cine from an ECG alone."
     def __init__(self, config:dict): # settings of the parts by name, and 'alpha', 'pixel_mm'
@@ -268,7 +268,7 @@ class ECGFlowCMR(nn.Module):
         model.provenance = note['provenance']
         return model.eval().to(device)
 
-# %% ../nbs/11_amdf.ipynb #58ba7791
+# %% ../nbs/11_amdf.ipynb #f684dbbb
 def check_bundle(folder) -> dict: # its bundle.json
     "Refuse a folder that is no bundle, is of another format, or lacks a file or holds an altered one."
     folder = Path(folder); path = folder/'bundle.json'
@@ -283,7 +283,7 @@ def check_bundle(folder) -> dict: # its bundle.json
         if sha256_file(folder/name) != note['files'].get(name): raise DataError('was altered: its checksum is not the one in bundle.json', file=folder/name, remedy=remedy)
     return note
 
-# %% ../nbs/11_amdf.ipynb #fe0e0d57
+# %% ../nbs/11_amdf.ipynb #4cc9b8f1
 def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
             ) -> np.ndarray: # `(12, 5000)` mV
     "Ten seconds of a checked 12-lead ECG."
@@ -293,7 +293,7 @@ def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
     check_ecg(mv, 500, 'array')
     return mv[:,:5000]
 
-# %% ../nbs/11_amdf.ipynb #8d5c7953
+# %% ../nbs/11_amdf.ipynb #66737ca6
 @patch
 def precision(self:ECGFlowCMR):
     "bfloat16 where it pays."
@@ -315,7 +315,7 @@ def sample_many(self:ECGFlowCMR, f:Tensor, rr:Tensor, batch:int=8, seed:int=0, *
     "Cines of many heart beats, a batch at a time: memory does not grow with their number."
     for i in range(0, len(f), batch): yield self.sample(f[i:i+batch], rr[i:i+batch], seeds=range(seed+i, seed+min(i+batch, len(f))), **options).cpu()
 
-# %% ../nbs/11_amdf.ipynb #59539263
+# %% ../nbs/11_amdf.ipynb #e5efb7f8
 @patch
 @torch.no_grad()
 def read_beat(self:ECGFlowCMR, mv:Tensor) -> tuple: # features, beat length (s), cycles found
@@ -334,16 +334,16 @@ def generate(self:ECGFlowCMR, ecg,       # path, `ECG`, or array `(12, n)` mV at
     if not count[0]: raise DataError('no complete heart beat was found by the phase head', field='cardiac phase', remedy='Give 10 s of a regular 12-lead ECG')
     return self.sample(f, rr, steps, guidance, [seed])[0].float().cpu().numpy()
 
-# %% ../nbs/11_amdf.ipynb #6dd44cdf
+# %% ../nbs/11_amdf.ipynb #fad7cb09
 def amdf_config(preset:str='demo', recipe:str='harmonic', seed:int=0) -> dict: # settings of the stage
     "Sizes of the flow and of its training; `recipe` is `harmonic`."
     if recipe != 'harmonic': raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use: harmonic')
     model = dict(smoke=dict(width=64, depth=2), demo=dict(width=256, depth=4), paper=dict(width=768, depth=12, heads=12))[preset]
-    train = dict(smoke=dict(steps=80, batch=8, lr=2e-3, warmup=5, ema=.9), demo=dict(steps=1000, batch=16, lr=1e-3, warmup=50, ema=.99),
+    train = dict(smoke=dict(steps=80, batch=8, lr=2e-3, warmup=5, ema=.9), demo=dict(steps=2200, batch=8, lr=2e-3, warmup=50, ema=.99),
                  paper=dict(epochs=10, batch=4, lr=1e-4, warmup=1000, ema=.9999))[preset]
     return dict(recipe=recipe, model=model, harmonics=8, alpha=1., drop=.1, train=dict(weight_decay=1e-4, betas=(.9,.99), clip=1., seed=seed, log_every=20) | train)
 
-# %% ../nbs/11_amdf.ipynb #71abaa42
+# %% ../nbs/11_amdf.ipynb #300537bd
 @torch.no_grad()
 def latents(vae:VAE, cohort, rows, batch:int=4): # batches `(b, c, 50, h, w)`
     "Stream the posterior means of cines through the encoder."
@@ -361,7 +361,7 @@ def beats(pamae:PAMAE, cohort, rows, batch:int=32) -> tuple: # features `(n, 50,
             out.append([t.cpu() for t in cycle_features(pamae, torch.from_numpy(cohort.batch(part)['ecg']).to(device))])
     return tuple(torch.cat(t) for t in zip(*out))
 
-# %% ../nbs/11_amdf.ipynb #b467d351
+# %% ../nbs/11_amdf.ipynb #781fcd6f
 def prepare(cohort, pamae:PAMAE, vae:VAE, harmonics:int, folder) -> tuple: # Harmonics, tensors of the training split, how many were left out
     "Template, spreads and the cached training set of the flow."
     path, rows = Path(folder)/'cache.safetensors', cohort.index('train')
@@ -378,7 +378,7 @@ def prepare(cohort, pamae:PAMAE, vae:VAE, harmonics:int, folder) -> tuple: # Har
     h.mean.copy_(cache['mean']); h.spread.copy_(cache['spread'])
     return h, cache, note
 
-# %% ../nbs/11_amdf.ipynb #06a53cd6
+# %% ../nbs/11_amdf.ipynb #4c8a315f
 def fit_amdf(cohort, config:dict, run, pamae:tuple, vae:tuple, device:str='auto') -> tuple: # generator, folder
     "Train, resume or load the flow of a run; `pamae` and `vae` are what their stages returned. The folder holds the bundle."
     upstream = {k:sha256_file(f/'model.safetensors') for k,(_,f) in dict(pamae=pamae, vae=vae).items()}

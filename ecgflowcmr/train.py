@@ -10,7 +10,7 @@ __all__ = ['DEFAULTS', 'PRECISION', 'RETRAIN', 'FREE', 'training_config', 'bf16_
            'config_hash', 'stage_folder', 'machine', 'versions', 'finish_stage', 'check_files', 'finished',
            'load_stage']
 
-# %% ../nbs/07_train.ipynb #5f3b4762
+# %% ../nbs/07_train.ipynb #6a0561b7
 import csv, ctypes, json, logging, os, platform, sys, time, zlib
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -25,7 +25,7 @@ import ecgflowcmr
 from .ecg import DataError
 from .files import atomic_write, digest, plain, read_json, sha256_file, write_json
 
-# %% ../nbs/07_train.ipynb #0c3db7a5
+# %% ../nbs/07_train.ipynb #4a4e08ea
 DEFAULTS = dict(
     lr=1e-3,            # the highest learning rate
     warmup=100,         # steps of linear rise to it
@@ -41,7 +41,7 @@ DEFAULTS = dict(
     save_steps=0)       # steps between them, besides; 0 for none
 PRECISION = dict(fp32='32-true', bf16='bf16-mixed')
 
-# %% ../nbs/07_train.ipynb #1b4e7a82
+# %% ../nbs/07_train.ipynb #a870b58c
 def training_config(config, # the stage's settings
                    ) -> dict: # with the defaults filled in
     "Fill in `DEFAULTS` and refuse what cannot be trained."
@@ -55,7 +55,7 @@ def training_config(config, # the stage's settings
         if not 0 <= c[k] < float('inf'): raise DataError(f'must be finite and not negative, not {c[k]}', field=k)
     return c
 
-# %% ../nbs/07_train.ipynb #44be4636
+# %% ../nbs/07_train.ipynb #58330619
 def bf16_is_fast(device='cpu') -> bool:
     "Whether bfloat16 pays on a device: any GPU, or a CPU with instructions for it."
     if torch.device(device).type != 'cpu': return True
@@ -70,7 +70,7 @@ def training_steps(config, # with `steps`, or with `epochs`
     if 'epochs' in c: c['steps'] = max(1, c.pop('epochs')*n//c['batch'])
     return dict(precision='bf16' if torch.cuda.is_available() or bf16_is_fast() else 'fp32') | c
 
-# %% ../nbs/07_train.ipynb #a7bbabfe
+# %% ../nbs/07_train.ipynb #04e5af27
 @lru_cache
 def keep_memory() -> bool:
     "Ask glibc to keep freed blocks up to 1 GiB for the next step; False where there is no glibc."
@@ -78,7 +78,7 @@ def keep_memory() -> bool:
     except OSError: return False
     return bool(libc.mallopt(-3, 2**30) and libc.mallopt(-1, 2**31-1))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
-# %% ../nbs/07_train.ipynb #bd599d4a
+# %% ../nbs/07_train.ipynb #ebdbf7af
 def lr_at(step,   # 0 ... steps-1
           config, # `lr`, `warmup`, `floor`, `steps`
          ) -> float:
@@ -88,7 +88,7 @@ def lr_at(step,   # 0 ... steps-1
     done = (step - c['warmup']) / max(1, c['steps'] - c['warmup'])
     return c['lr'] * (c['floor'] + (1-c['floor']) * .5*(1 + np.cos(np.pi*done)).item())
 
-# %% ../nbs/07_train.ipynb #69278f85
+# %% ../nbs/07_train.ipynb #4e8b8d00
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
     "The order of the `n` items in one epoch."
@@ -104,7 +104,7 @@ def batch_at(step,  # 0, 1, ...
     epochs = range(at[0]//n, at[-1]//n + 1)
     return torch.from_numpy(np.concatenate([epoch_order(n, seed, e)[at[at//n == e] % n] for e in epochs]))
 
-# %% ../nbs/07_train.ipynb #d828847a
+# %% ../nbs/07_train.ipynb #5c148f15
 def step_seed(seed, step, rank=0) -> int:
     "A number of 63 bits for every step (and process)."
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -116,7 +116,7 @@ def seed_step(seed, step, rank=0, device=torch.device('cpu')) -> torch.Generator
     if device.type == 'cuda': torch.cuda.default_generators[device.index or 0].manual_seed(key)
     return torch.Generator().manual_seed(key ^ 1)
 
-# %% ../nbs/07_train.ipynb #7af7c39a
+# %% ../nbs/07_train.ipynb #8d29303a
 def adamw(named,  # name -> parameter
           config, # `lr`, `betas`, `weight_decay`
          ) -> torch.optim.AdamW:
@@ -133,7 +133,7 @@ def ema_update(ema,    # the mean so far, list of tensors, changed in place
     "One step of the warm running mean."
     torch._foreach_lerp_(ema, params, 1 - min(decay, (1+step)/(10+step)))
 
-# %% ../nbs/07_train.ipynb #80752113
+# %% ../nbs/07_train.ipynb #152dc3a1
 class Step(nn.Module):
     "Model and loss as one module, for Fabric to wrap."
     def __init__(self, model, loss):
@@ -141,7 +141,7 @@ class Step(nn.Module):
         self.model,self.loss = model,loss
     def forward(self, index, rng): return self.loss(self.model, index, rng)
 
-# %% ../nbs/07_train.ipynb #0d5e1391
+# %% ../nbs/07_train.ipynb #172d7984
 def pick_fabric(device='auto',    # 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'
                 precision='fp32', # or 'bf16'
                ):                 # a `Fabric`
@@ -149,13 +149,13 @@ def pick_fabric(device='auto',    # 'auto' (a GPU if there is one), 'cpu', 'cuda
     from lightning_fabric import Fabric  # here, because loading a stage does without it and it takes seconds to import
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == 'auto': device = 'cuda' if gpus else 'cpu'
-    logging.getLogger('lightning.fabric').setLevel(logging.WARNING)  # it announces each precision
+    logging.getLogger('lightning_fabric').setLevel(logging.WARNING)  # it announces each precision
     kind,_,number = str(device).partition(':')
     there = ['cpu'] + ['cuda']*(gpus > 0) + [f'cuda:{i}' for i in range(gpus)]
     if str(device) not in there: raise DataError(f'{device!r} is not there', field='device', remedy=f'Here there is: {", ".join(["auto"]+there)}')
     return Fabric(accelerator=kind, devices=[int(number)] if number else 1, precision=PRECISION[precision])
 
-# %% ../nbs/07_train.ipynb #c00dcb98
+# %% ../nbs/07_train.ipynb #3efb89ac
 def whole(model) -> dict: # name -> tensor
     "The model's parameters and buffers; a tensor of two names once."
     seen,out = set(),{}
@@ -170,7 +170,7 @@ def storable(v): # any tensor
     v = v.detach().cpu().contiguous()
     return v if v.untyped_storage().nbytes() == v.nbytes else v.clone()
 
-# %% ../nbs/07_train.ipynb #d5e9e339
+# %% ../nbs/07_train.ipynb #d3e636c3
 def write_tensors(path,     # safetensors file
                   tensors,  # name -> tensor
                   **note):  # one short text at most: the order of several would change from run to run
@@ -187,7 +187,7 @@ def read_tensors(path, remedy) -> tuple: # (name -> tensor, note)
         with safe_open(path, 'pt') as f: return {k:f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except (SafetensorError, OSError) as e: raise DataError(f'is broken ({e})', file=path, remedy=remedy) from e
 
-# %% ../nbs/07_train.ipynb #9ed2624a
+# %% ../nbs/07_train.ipynb #683046c8
 @torch.no_grad()
 def fill(own,     # name -> tensor of the model, changed in place
          tensors, # name -> tensor from a file
@@ -210,7 +210,7 @@ def load_model(path, model): # returns the model
     fill(whole(model), read_tensors(path, RETRAIN)[0], path)
     return model
 
-# %% ../nbs/07_train.ipynb #160e15f4
+# %% ../nbs/07_train.ipynb #aa9d357f
 class Training:
     "Everything a step changes, and where it is kept."
     def __init__(self, model, loss, n, config, folder, device='auto'):
@@ -230,7 +230,7 @@ class Training:
     @property
     def resume_file(self): return self.folder/'resume.safetensors'
 
-# %% ../nbs/07_train.ipynb #e8db0ad0
+# %% ../nbs/07_train.ipynb #bc0d6d5d
 @patch
 def one_step(self:Training):
     "Forward, backward, update."
@@ -247,7 +247,7 @@ def one_step(self:Training):
     self.pending.append(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device).detach() for v in [*out.values(), norm]]))
     self.step += 1
 
-# %% ../nbs/07_train.ipynb #95b69d4c
+# %% ../nbs/07_train.ipynb #ceea5d93
 class NotFinite(FloatingPointError): "The loss or the gradient is NaN or infinite."
 
 @patch
@@ -263,7 +263,7 @@ def settle(self:Training):
                 raise NotFinite(f'{self.folder}: {k} is {v} in step {first+i}. {kept}. Lower lr or clip, or use fp32; the new settings get a folder of their own')
     self.window += rows
 
-# %% ../nbs/07_train.ipynb #403f08f5
+# %% ../nbs/07_train.ipynb #d87558e7
 @patch
 def write_log(self:Training):
     "`log.csv` as it should be at this step."
@@ -280,7 +280,7 @@ def log_row(self:Training):
     self.loss,self.window = float(means[self.keys.index('loss')]),[]
     with open(self.folder/'log.csv', 'a') as f: f.write(self.rows[-1])
 
-# %% ../nbs/07_train.ipynb #77cc61d2
+# %% ../nbs/07_train.ipynb #dab497ff
 FREE = ('log_every', 'save_every', 'save_steps')
 
 def essence(config):
@@ -298,7 +298,7 @@ def differences(old, new) -> list: # ['lr: 0.001 -> 0.002', ...]
     old,new = flat(essence(old)),flat(essence(new))
     return [f'{k}: {old.get(k, "absent")} -> {new.get(k, "absent")}' for k in {**old, **new} if old.get(k, '') != new.get(k, '')]
 
-# %% ../nbs/07_train.ipynb #b5603f26
+# %% ../nbs/07_train.ipynb #27128b46
 def checksum(tensors) -> int:
     "CRC-32 of all tensors in the order of their names."
     crc = 0
@@ -312,7 +312,7 @@ def tensors(self:Training) -> dict:
     for k,p in self.named.items(): out |= {f'adamw.{k}.{name}':v for name,v in self.optimizer.state.get(p, {}).items()}
     return {k:storable(v) for k,v in out.items()}
 
-# %% ../nbs/07_train.ipynb #e567d5f3
+# %% ../nbs/07_train.ipynb #e8e62ca1
 @patch
 def identity(self:Training): return essence(self.config) | {'number of items': self.n}
 
@@ -324,12 +324,12 @@ def save(self:Training):
     write_tensors(self.resume_file, t, resume=json.dumps(note))
     self.saved,self.last_save = self.step,time.perf_counter()
 
-# %% ../nbs/07_train.ipynb #962cb727
+# %% ../nbs/07_train.ipynb #744f7acf
 def same_settings(old, new, file):
     "Refuse a file that was written with other settings."
     if d := differences(old, new): raise DataError(f'was written with other settings ({"; ".join(d)})', file=file, remedy=f'Train in another folder, or delete {file.name}')
 
-# %% ../nbs/07_train.ipynb #8efc81a7
+# %% ../nbs/07_train.ipynb #dcdcfdab
 @patch
 def resume(self:Training):
     "Take over the resume state, if there is one."
@@ -353,14 +353,14 @@ def resume(self:Training):
     self.saved = self.step
     self.write_log()
 
-# %% ../nbs/07_train.ipynb #de19e26d
+# %% ../nbs/07_train.ipynb #88584cf3
 def peak_mb(device) -> float:
     "The most memory used so far: of the process on a CPU, of torch's tensors on a GPU."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**20
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/07_train.ipynb #9c52ad6a
+# %% ../nbs/07_train.ipynb #d2e177b9
 @patch
 @torch.no_grad()
 def finish(self:Training) -> dict:
@@ -376,7 +376,7 @@ def finish(self:Training) -> dict:
     self.model.eval()
     return out
 
-# %% ../nbs/07_train.ipynb #662f72f3
+# %% ../nbs/07_train.ipynb #0b3bc65f
 @patch
 def trained(self:Training): # the summary, or None
     "Load what an earlier call has trained to the end."
@@ -388,7 +388,7 @@ def trained(self:Training): # the summary, or None
     load_model(weights, self.model).eval()
     return note['summary']
 
-# %% ../nbs/07_train.ipynb #400d4c6d
+# %% ../nbs/07_train.ipynb #f60b8887
 @patch
 def run(self:Training, bar):
     "All steps that are left."
@@ -404,7 +404,7 @@ def run(self:Training, bar):
         if save and not last and writes: self.save()
         bar.update()
 
-# %% ../nbs/07_train.ipynb #6e0121c9
+# %% ../nbs/07_train.ipynb #b5397256
 def fit(model,         # trained in place; afterwards it holds the final weights (EMA) and is in eval mode
         loss,          # `loss(model, index, rng)` -> dict of scalars; 'loss' is minimised, the others are logged
         n,             # number of training items; `index` is int64, in range(n), on the CPU; so is the generator `rng`
@@ -425,13 +425,13 @@ def fit(model,         # trained in place; afterwards it holds the final weights
         t.run(bar)
     return t.finish()
 
-# %% ../nbs/07_train.ipynb #858ddd65
+# %% ../nbs/07_train.ipynb #5ed79a7c
 def read_log(folder) -> dict: # column -> array
     "The columns of `log.csv`."
     with open(Path(folder)/'log.csv', newline='') as f: rows = list(csv.DictReader(f))
     return {k:np.array([float(r[k]) for r in rows]) for k in rows[0]}
 
-# %% ../nbs/07_train.ipynb #73354da1
+# %% ../nbs/07_train.ipynb #13a52333
 def config_hash(config) -> str: # 8 hexadecimal digits
     "A short name for the settings that the weights depend on."
     return digest(essence(config), 8)
@@ -451,7 +451,7 @@ def stage_folder(run,    # folder of the run, `runs/<run>`
     elif differences(held[1], config): raise DataError('does not hold the settings that its folder is named after', file=other/'config.json', remedy=RETRAIN)
     return other
 
-# %% ../nbs/07_train.ipynb #f24d7b06
+# %% ../nbs/07_train.ipynb #e5196f8d
 def machine() -> dict:
     "What the numbers of this run were measured on."
     try: cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
@@ -462,7 +462,7 @@ def machine() -> dict:
 def versions() -> dict:
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, ecgflowcmr=ecgflowcmr.__version__)
 
-# %% ../nbs/07_train.ipynb #98d3caba
+# %% ../nbs/07_train.ipynb #56fb6121
 def finish_stage(folder,    # of the stage, trained by `fit`
                  figures,   # figures of merit, name -> number
                  **extra):  # whatever else should be known; `seconds` and `device` replace those of `fit`
@@ -477,7 +477,7 @@ def finish_stage(folder,    # of the stage, trained by `fit`
     write_json(folder/'done.json', done | extra)
     fitted.unlink(missing_ok=True)
 
-# %% ../nbs/07_train.ipynb #4b10fd50
+# %% ../nbs/07_train.ipynb #1f286a3a
 def check_files(folder, done):
     "Refuse a finished stage with a missing or altered file."
     for name,f in done['files'].items():

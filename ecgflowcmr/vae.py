@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TimeConv', 'ResBlock', 'Stack', 'VAE', 'vae_loss', 'clips', 'psnr', 'vae_config', 'vae_figures', 'fit_vae']
 
-# %% ../nbs/10_vae.ipynb #41d21b7d
+# %% ../nbs/10_vae.ipynb #ed3430e2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .train import fit, finish_stage, finished, load_stage, stage_folder, training_steps
 
-# %% ../nbs/10_vae.ipynb #0dec343b
+# %% ../nbs/10_vae.ipynb #1000dfad
 class TimeConv(nn.Module):
     "Depthwise convolution over three frames; a whole cine wraps around, a clip repeats its ends. Begins as the identity."
     def __init__(self, dim:int):
@@ -31,7 +31,7 @@ class TimeConv(nn.Module):
         w = self.weight.to(x.dtype)[:,:,None,None]
         return rearrange(before*w[0] + x*w[1] + after*w[2], 'b t c h w -> (b t) c h w')
 
-# %% ../nbs/10_vae.ipynb #b6664fcc
+# %% ../nbs/10_vae.ipynb #bbae5498
 class ResBlock(nn.Module):
     "Two 3 x 3 convolutions in space, three frames in time, and a shortcut."
     def __init__(self, dim:int):
@@ -52,7 +52,7 @@ class Stack(nn.Module):
         for b in self.blocks: x = b(x, t, whole)
         return x
 
-# %% ../nbs/10_vae.ipynb #261cce24
+# %% ../nbs/10_vae.ipynb #8c4690f5
 class VAE(nn.Module):
     "Encoder and decoder of cines `(b, t, 96, 96)` in [-1, 1]; latents `(b, channels, t, 12, 12)`."
     def __init__(self, width:int=64, deep:int=128, channels:int=4, blocks:int=2):
@@ -82,7 +82,7 @@ class VAE(nn.Module):
         h = self.leave(self.fine_out(h, t, whole))
         return rearrange(F.pixel_shuffle(h, 4).float(), '(b t) 1 h w -> b t h w', t=t)
 
-# %% ../nbs/10_vae.ipynb #3ee7feeb
+# %% ../nbs/10_vae.ipynb #70012517
 def vae_loss(vae:VAE, x:Tensor, rng:torch.Generator, whole:bool=False, beta:float=1e-4) -> dict:
     "Reconstruction and KL of cines or clips `(b, t, 96, 96)` in [-1, 1]."
     mean, logvar = vae.encode(x, whole)
@@ -106,7 +106,7 @@ def psnr(a:Tensor, b:Tensor) -> Tensor: # dB, one a cine
     "Peak signal-to-noise ratio of cines in [-1, 1] (peak-to-peak 2)."
     return 10*torch.log10(4/(a-b).square().flatten(1).mean(1))
 
-# %% ../nbs/10_vae.ipynb #f5e93a15
+# %% ../nbs/10_vae.ipynb #7b235198
 def vae_config(preset:str='demo', seed:int=0) -> dict: # settings of the stage
     "Sizes of the VAE and of its training."
     model = dict(smoke=dict(width=32, deep=48, blocks=1), demo=dict(width=64, deep=128, blocks=2), paper=dict(width=128, deep=256, blocks=3))[preset]
@@ -124,7 +124,7 @@ def vae_figures(vae:VAE, cohort, rows:np.ndarray) -> dict: # figures of merit
         db.append(psnr(vae.decode(z).clamp(-1,1), x).item()); spread.append(z.std().item())
     return dict(psnr_db=float(np.mean(db)), psnr_db_worst=float(np.min(db)), latent_spread=float(np.mean(spread)), cines=len(rows))
 
-# %% ../nbs/10_vae.ipynb #d1e16b24
+# %% ../nbs/10_vae.ipynb #554b8c33
 def fit_vae(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the VAE of a run."
     folder = stage_folder(run, 'vae', dict(cohort=cohort.fingerprint, **config))
