@@ -38,7 +38,7 @@ def test_killed_writer_leaves_the_earlier_file(tmp_path):
     write_json(f, dict(n=1))
     code = f"""
 import sys, time
-from ecgflowcmr.files import locked
+from ecgflowcmr.files import atomic_write, locked
 with locked({str(f)!r}), atomic_write({str(f)!r}) as tmp:
     tmp.write_text('{{"n": 2'); print('half', flush=True); time.sleep(60)
 """
