@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['FORMAT', 'ARRAYS', 'LABELS', 'SPLITS', 'FRESH', 'COHORT_SIZE', 'hash_numbers', 'split_subjects', 'split_virtual',
            'check_splits', 'Cohort', 'read_manifest', 'fingerprint_of', 'check_file', 'read_table', 'open_cohort',
-           'array_hash', 'each_row', 'audit', 'subject_record', 'make_chunk', 'end_with_parent', 'each_done',
-           'new_array', 'write_block', 'whole_population', 'check_request', 'begin_store', 'fill_store',
-           'write_manifest', 'finish_store', 'build_virtual_cohort', 'cohort_at']
+           'array_hash', 'each_row', 'audit', 'subject_record', 'end_with_parent', 'each_done', 'new_array',
+           'write_block', 'check_columns', 'make_chunk', 'whole_population', 'witnesses', 'same', 'check_request',
+           'begin_store', 'fill_store', 'write_tables', 'write_manifest', 'finish_store', 'virtual_request',
+           'usual_workers', 'build_virtual_cohort', 'cohort_at']
 
-# %% ../nbs/06_cohort.ipynb #cdea1f7c
-import hashlib, inspect, os, shutil, sys, threading
+# %% ../nbs/06_cohort.ipynb #4e8cda8c
+import csv, hashlib, inspect, os, shutil, sys, threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -24,13 +26,13 @@ from .ecg import DataError
 from .files import atomic_write, digest, fsync, locked, plain, read_json, sha256_file, write_json
 from .virtual.people import virtual_subject
 
-# %% ../nbs/06_cohort.ipynb #54229d9f
-FORMAT = 1  # of the store
-ARRAYS = {'ecg': ('float32', 'mV'), 'la': ('uint8', 'grey'), 'sa': ('uint8', 'grey')}  # name -> stored type, unit
-LABELS = ('exact', 'measured')                                                         # dicts of phenotypes a subject may have
+# %% ../nbs/06_cohort.ipynb #ff4c2ce8
+FORMAT = 2  # of the store
+ARRAYS = {'ecg': ('float32', 'mV'), 'la': ('uint8', 'grey'), 'sa': ('uint8', 'grey'), 'la_mask': ('uint8', 'label'), 'sa_mask': ('uint8', 'label')}  # name -> stored type, unit
+LABELS = ('exact', 'measured')  # dicts of phenotypes a subject may have
 SPLITS = ('train', 'val', 'test')
 
-# %% ../nbs/06_cohort.ipynb #cf7cc6f4
+# %% ../nbs/06_cohort.ipynb #48fe027d
 def hash_numbers(ids, seed=0) -> np.ndarray: # float64 in [0, 1)
     "A number for each id, as if drawn at random, yet always the same."
     return np.array([int.from_bytes(hashlib.sha256(f'{seed}:{i}'.encode()).digest()[:8], 'big') / 2**64 for i in ids])
@@ -44,7 +46,7 @@ def split_subjects(ids,                    # subject ids
         raise DataError(f'fractions {tuple(fractions)}', remedy='Give three positive numbers that add up to 1')
     return np.array(SPLITS)[np.searchsorted(np.cumsum(fractions)[:2], hash_numbers(ids, seed), side='right')]
 
-# %% ../nbs/06_cohort.ipynb #4953912e
+# %% ../nbs/06_cohort.ipynb #25ff2c90
 def split_virtual(n,              # subjects
                   seed=0,         # of the cohort
                  ) -> np.ndarray: # a name of `SPLITS` for each
@@ -52,7 +54,7 @@ def split_virtual(n,              # subjects
     u = hash_numbers(f'v{seed}-{i:06d}' for i in range(-(-n//10)*10)).reshape(-1, 10)
     return np.repeat(SPLITS, (7,1,2))[u.argsort(1).argsort(1)].ravel()[:n]
 
-# %% ../nbs/06_cohort.ipynb #53792f5c
+# %% ../nbs/06_cohort.ipynb #3650c3b7
 def check_splits(table,        # DataFrame with the columns `subject` and `split`
                  name='table', # what the error calls it
                 ):
@@ -67,17 +69,20 @@ def check_splits(table,        # DataFrame with the columns `subject` and `split
     empty = [s for s in SPLITS if s not in set(table['split'])]
     if empty: raise DataError(f'nobody is in {", ".join(empty)}', file=name, field='split', remedy='Take more subjects or other fractions')
 
-# %% ../nbs/06_cohort.ipynb #db5a8c62
+# %% ../nbs/06_cohort.ipynb #e31e1812
 @dataclass(repr=False)
 class Cohort:
     "ECGs and cines of one cohort, row by row."
-    folder:Path         # where it lies
-    manifest:dict       # what it is
-    table:pd.DataFrame  # subject, split, rr_s, pixel_mm, diagnoses, covariates
-    exact:pd.DataFrame  # phenotypes, or None
-    ecg:np.ndarray      # `(n, 12, 5000)` float32, mV
-    la:np.ndarray       # `(n, 50, 96, 96)` uint8
-    sa:np.ndarray=None  # `(n, 50, 80, 80)` uint8, or None
+    folder:Path              # where it lies
+    manifest:dict            # what it is
+    table:pd.DataFrame       # subject, split, rr_s, pixel_mm, diagnoses, covariates
+    exact:pd.DataFrame       # phenotypes as they are, or None
+    measured:pd.DataFrame    # phenotypes as a reader would measure them, or None
+    ecg:np.ndarray           # `(n, 12, 5000)` float32, mV
+    la:np.ndarray            # `(n, 50, 96, 96)` uint8
+    sa:np.ndarray=None       # `(n, 50, 80, 80)` uint8, or None
+    la_mask:np.ndarray=None  # labels of `la`, or None
+    sa_mask:np.ndarray=None  # labels of `sa`, or None
 
     fingerprint = property(lambda self: self.manifest['fingerprint'])
     def __len__(self): return len(self.table)
@@ -88,12 +93,13 @@ class Cohort:
         if split not in SPLITS: raise DataError(f"unknown split '{split}'", remedy=f'Valid: {", ".join(SPLITS)}')
         return np.flatnonzero(self.table['split'] == split)
 
-    def batch(self, rows): # row numbers
-        "Copies of some rows: `ecg` float32 mV, `la` uint8, `rr_s`, `pixel_mm`."
+    def batch(self, rows,                       # row numbers
+              names=('ecg','la','sa')) -> dict: # arrays to read; those that the cohort lacks are left out
+        "Copies of some rows: `ecg` float32 mV, `la` and `sa` uint8, `rr_s`, `pixel_mm`."
         rows = np.asarray(rows)
-        return dict(ecg=np.asarray(np.take(self.ecg, rows, 0)), la=np.asarray(np.take(self.la, rows, 0)), **{k: self.table[k].to_numpy()[rows] for k in ('rr_s','pixel_mm')})
+        return {k: np.asarray(np.take(x, rows, 0)) for k in names if (x := getattr(self, k)) is not None} | {k: self.table[k].to_numpy()[rows] for k in ('rr_s','pixel_mm')}
 
-# %% ../nbs/06_cohort.ipynb #b7134f1a
+# %% ../nbs/06_cohort.ipynb #110e2460
 FRESH = 'Restore the file, or remove the folder and build the cohort again'
 
 def read_manifest(folder) -> dict:
@@ -110,7 +116,7 @@ def fingerprint_of(manifest) -> str: # hexadecimal
     "What identifies a cohort: all of its manifest except who made it."
     return digest({k: v for k,v in manifest.items() if k not in ('fingerprint', 'made_by')}, length=16)
 
-# %% ../nbs/06_cohort.ipynb #8ea31023
+# %% ../nbs/06_cohort.ipynb #80fd59ff
 def check_file(path,  # a file of the store
                entry, # its entry in the manifest: `bytes` and, for small files, `sha256`
               ):
@@ -124,7 +130,7 @@ def read_table(path) -> pd.DataFrame:
     t = pd.read_csv(path, float_precision='round_trip', dtype=dict(subject=str, split=str, diagnoses=str))
     return t.fillna(dict(diagnoses='')) if 'diagnoses' in t else t
 
-# %% ../nbs/06_cohort.ipynb #4fbd334f
+# %% ../nbs/06_cohort.ipynb #e40096a7
 def open_cohort(folder) -> Cohort: # the folder of a built cohort
     "Open a cohort for reading; a `DataError` names what is missing, altered or wrong."
     folder = Path(folder)
@@ -135,14 +141,14 @@ def open_cohort(folder) -> Cohort: # the folder of a built cohort
         a = m['arrays'][k]
         if list(x.shape) != a['shape'] or x.dtype != a['dtype']: raise DataError(f'{x.dtype} {x.shape}', file=folder/a['file'], field=k, remedy=FRESH)
     table = read_table(folder/'table.csv')
-    exact = read_table(folder/'exact.csv') if 'exact.csv' in m['files'] else None
+    labels = {k: read_table(folder/f'{k}.csv') if f'{k}.csv' in m['files'] else None for k in LABELS}
     if len(table) != len(arrays['ecg']): raise DataError(f"{len(table)} rows for {len(arrays['ecg'])} ECGs", file=folder/'table.csv', remedy=FRESH)
     check_splits(table, str(folder/'table.csv'))
     if (folder/'audit.json').exists() and not read_json(folder/'audit.json')['ok']:
         raise DataError('the audit of this cohort failed', file=folder/'audit.json', remedy='Repair what it lists, remove it and audit again')
-    return Cohort(folder, m, table, exact, **arrays)
+    return Cohort(folder, m, table, **labels, **arrays)
 
-# %% ../nbs/06_cohort.ipynb #ba228954
+# %% ../nbs/06_cohort.ipynb #e6d1213c
 def array_hash(x) -> str: # an array
     "64 bits that identify an array's bytes."
     return hashlib.blake2b(np.ascontiguousarray(x), digest_size=8).hexdigest()
@@ -156,26 +162,29 @@ def each_row(path):
         for _ in range(len(x)): f.readinto(row); yield row
 
 def audit(cohort) -> dict: # also written as `audit.json`
-    "Count subjects whose arrays changed since the build, and groups of ids that share an ECG or a cine."
+    "Count subjects whose arrays changed since the build, and groups of ids that share an ECG or a cine (masks may be alike)."
     kept = read_table(cohort.folder/'hashes.csv')
     out = dict(subjects=len(cohort))
     for k in cohort.manifest['arrays']:
         now = pd.Series([array_hash(x) for x in each_row(cohort.folder/f'{k}.npy')])
         ids = kept['subject'].groupby(now).nunique()
-        out[k] = dict(altered=int((now != kept[k]).sum()), shared=int((ids > 1).sum()))
+        out[k] = dict(altered=int((now != kept[k]).sum()), shared=0 if k.endswith('mask') else int((ids > 1).sum()))
     out['ok'] = not any(v['altered'] + v['shared'] for v in out.values() if isinstance(v, dict))
     write_json(cohort.folder/'audit.json', out)
     return out
 
-# %% ../nbs/06_cohort.ipynb #a71b1133
-def subject_record(subject,   # `subject(i, seed, **population)`
-                   i,         # number of the subject
-                   seed,      # of the cohort
-                   population # keyword arguments
-                  ) -> tuple: # dict of arrays, dict of rows
+# %% ../nbs/06_cohort.ipynb #9345f802
+def subject_record(subject,    # `subject(i, seed, **population)`
+                   i,          # number of the subject
+                   seed,       # of the cohort
+                   population, # keyword arguments
+                   masks=False # keep the label masks too
+                  ) -> tuple:  # dict of arrays, dict of rows
     "One subject as the store keeps it."
     s = subject(i, seed=seed, **population)
-    arrays = {k: np.asarray(getattr(s, k), dtype) for k,(dtype,_) in ARRAYS.items() if getattr(s, k, None) is not None}
+    names = [k for k in ARRAYS if getattr(s, k, None) is not None and (masks or not k.endswith('mask'))]
+    arrays = {k: np.asarray(getattr(s, k), ARRAYS[k][0]) for k in names}
+    if masks and 'la_mask' not in arrays: raise DataError('the subjects have no masks', field='masks', remedy='Build without them')
     sid = f'v{seed}-{i:06d}'
     table = dict(subject=sid, rr_s=s.rr_s, pixel_mm=s.pixel_mm, diagnoses=';'.join(s.diagnoses))
     clash = set(s.covariates) & (set(table) | {'split'})
@@ -183,13 +192,7 @@ def subject_record(subject,   # `subject(i, seed, **population)`
     rows = dict(table=table | s.covariates, hashes=dict(subject=sid) | {k: array_hash(x) for k,x in arrays.items()})
     return arrays, rows | {k: dict(subject=sid) | getattr(s, k) for k in LABELS if getattr(s, k, None)}
 
-def make_chunk(subject, start, stop, seed, population):
-    "Subjects `start` to `stop`: their start, arrays and rows."
-    with threadpool_limits(1): done = [subject_record(subject, i, seed, population) for i in range(start, stop)]
-    arrays,rows = zip(*done)
-    return start, {k: np.stack([a[k] for a in arrays]) for k in arrays[0]}, rows
-
-# %% ../nbs/06_cohort.ipynb #c1f20706
+# %% ../nbs/06_cohort.ipynb #b2c64f3c
 def end_with_parent():
     "In a worker process: end when the parent has ended, however it did."
     def watch(): connection.wait([parent_process().sentinel]); os._exit(1)
@@ -211,7 +214,7 @@ def each_done(job,     # an importable function
             for d in done: yield d.result()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/06_cohort.ipynb #d4f34a53
+# %% ../nbs/06_cohort.ipynb #e8cf3a77
 def new_array(path, shape, dtype):
     "A `.npy` file of zeros whose space on the disk is reserved."
     np.lib.format.open_memmap(path, 'w+', dtype, shape).flush()
@@ -226,15 +229,32 @@ def write_block(path, # a `.npy` file
                 start, # first row
                 x,     # rows, in the file's own type
                ):
-    "Write rows of an array file and force them to the disk."
+    "Write rows of an array file."
     old = np.load(path, mmap_mode='r', allow_pickle=False)
     if x.shape[1:] != old.shape[1:]: raise DataError(f'a subject of shape {x.shape[1:]} among {old.shape[1:]}', file=path, remedy='All subjects of a cohort have one shape')
     with open(path, 'r+b') as f:
         f.seek(old.offset + start*x[0].nbytes)
         f.write(np.ascontiguousarray(x, old.dtype))
-        f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/06_cohort.ipynb #dae1c57d
+# %% ../nbs/06_cohort.ipynb #1ab4c100
+def check_columns(first, rows, file): # a subject's rows, those of others
+    "Refuse subjects that have other columns than the first."
+    if any({k: set(v) for k,v in r.items()} != {k: set(v) for k,v in first.items()} for r in rows):
+        raise DataError('subjects have different columns', file=file, remedy='Give all the same arrays, covariates and phenotypes, None where one is unknown')
+
+def make_chunk(part, subject, start, stop, seed, population, masks):
+    "Put subjects `start` to `stop` into the store; their rows, written last, say that it is done. Their number."
+    rows = []
+    with threadpool_limits(1):
+        for i in range(start, stop):
+            arrays,r = subject_record(subject, i, seed, population, masks)
+            rows.append(r); check_columns(rows[0], [r], part)
+            for k,x in arrays.items(): write_block(part/f'{k}.npy', i, x[None])
+    for k in arrays: fsync(part/f'{k}.npy')
+    write_json(part/'rows'/f'{start:08d}.json', rows)
+    return stop - start
+
+# %% ../nbs/06_cohort.ipynb #6fdb9442
 def whole_population(subject,    # `subject(i, seed, **population)`
                      population, # keyword arguments
                     ) -> dict:
@@ -244,67 +264,93 @@ def whole_population(subject,    # `subject(i, seed, **population)`
     if unknown: raise DataError(f'unknown {", ".join(unknown)}', field='population', remedy=f'Valid: {", ".join(known)}')
     return known | population
 
-# %% ../nbs/06_cohort.ipynb #47f05873
+# %% ../nbs/06_cohort.ipynb #367e11af
+def witnesses(folder) -> dict: # number -> rows
+    "A few subjects of a finished or half-built store, with their rows."
+    if not (folder/'manifest.json').exists():
+        done = sorted((folder/'rows').glob('0*.json'))
+        return {int(f.stem): read_json(f)[0] for f in done[:1] + done[-1:]}
+    tables = {k: read_table(folder/f'{k}.csv') for k in ('table', *LABELS) if (folder/f'{k}.csv').exists()}
+    d = tables['table']['diagnoses'].to_numpy()
+    picked = int(len(d)*hash_numbers([len(d)], read_json(folder/'manifest.json')['seed'])[0])
+    return {i: {k: t.iloc[i].to_dict() for k,t in tables.items()} for i in sorted({0, picked, int((d != d[0]).argmax())})}
+
+def same(a, b) -> bool: # entries of two tables, perhaps made on two machines
+    "Equal up to the last digits; nothing (None, NaN, an empty text) equals nothing."
+    a,b = (None if x is None or x == '' or x != x else x for x in (a,b))
+    if a is None or b is None or isinstance(a, str) or isinstance(b, str): return a == b
+    return bool(np.isclose(float(a), float(b), rtol=1e-4, atol=1e-6))
+
+# %% ../nbs/06_cohort.ipynb #fffa8fda
 def check_request(folder,  # finished or half-built
                   request, # what is asked for now
-                  first,   # arrays of subject 0 as made now, or None
+                  make,    # makes a subject's arrays and rows from its number
                  ):
-    "Refuse a folder that answers another request, or whose subject 0 is made otherwise today."
+    "Refuse a folder that answers another request, or whose subjects are made otherwise today."
     file = folder/'manifest.json' if (folder/'manifest.json').exists() else folder/'progress.json'
     there = read_json(file, remedy='The folder holds something else: name a new one')
     other = 'Name another folder, or remove this one'
     diff = [f'{k} is {there.get(k)!r} there and {v!r} here' for k,v in plain(request).items() if there.get(k) != v]
     if diff: raise DataError('holds another cohort: ' + ', '.join(diff), file=folder, remedy=other)
-    for k,x in (first or {}).items():
-        y = np.load(folder/f'{k}.npy', mmap_mode='r', allow_pickle=False)[0]
-        if x.shape != y.shape or np.abs(x.astype(float) - y).mean() > (.001 if k == 'ecg' else 1):   # machines differ in the last bits, versions more
-            raise DataError(f"subject 0 differs from the one that version {__version__} makes now", file=folder, field=k, remedy=other)
+    for i,kept in witnesses(folder).items():
+        arrays,rows = make(i)
+        bad = []
+        for k,x in arrays.items():   # machines differ in the last bits, versions more
+            y = np.load(folder/f'{k}.npy', mmap_mode='r', allow_pickle=False)[i]
+            if x.shape != y.shape or np.abs(x.astype(float) - y).mean() > {'float32': .001, 'uint8': 1}[x.dtype.name]: bad.append(k)
+        bad += [f'{k}: {c}' for k in ('table', *LABELS) for c,v in plain(rows.get(k, {})).items() if not same(v, kept.get(k, {}).get(c))]
+        if bad: raise DataError(f'subject {i} differs from the one that version {__version__} makes now', file=folder, field=bad[0], remedy=other)
 
-# %% ../nbs/06_cohort.ipynb #f61409d7
+# %% ../nbs/06_cohort.ipynb #2a71e0e4
 def begin_store(part,    # the folder `<cohort>.partial`
                 request, # what is asked for
-                first,   # arrays of subject 0
+                make,    # makes a subject's arrays and rows from its number
                 chunk,   # subjects a chunk
                ) -> int: # subjects a chunk, as begun
     "Make the empty store, or check the half-built one."
     if (part/'progress.json').exists() or (part/'manifest.json').exists():
-        begun = (part/'manifest.json').exists() or (part/'rows'/f'{0:08d}.json').exists()
-        check_request(part, request, first if begun else None)
+        check_request(part, request, make)
         return read_json(part/'progress.json')['chunk'] if (part/'progress.json').exists() else chunk
     (part/'rows').mkdir(parents=True, exist_ok=True)
     try:
-        for k,x in first.items(): new_array(part/f'{k}.npy', (request['n'], *x.shape), x.dtype)
+        for k,x in make(0)[0].items(): new_array(part/f'{k}.npy', (request['n'], *x.shape), x.dtype)
         write_json(part/'progress.json', request | dict(chunk=chunk))
     except OSError: shutil.rmtree(part); raise   # the disk is full: give back what was reserved
     return chunk
 
 def fill_store(part, request, subject, population, chunk, workers, progress):
     "Compute the chunks that are not there yet."
-    n,seed = request['n'],request['seed']
-    tasks = [(subject, a, min(a + chunk, n), seed, population) for a in range(0, n, chunk) if not (part/'rows'/f'{a:08d}.json').exists()]
-    left = sum(t[2] - t[1] for t in tasks)
+    n = request['n']
+    tasks = [(part, subject, a, min(a + chunk, n), request['seed'], population, request['masks']) for a in range(0, n, chunk) if not (part/'rows'/f'{a:08d}.json').exists()]
+    left = sum(t[3] - t[2] for t in tasks)
     with tqdm(total=n, initial=n - left, desc='virtual cohort', unit=' subjects', file=sys.stderr, disable=not progress, mininterval=.5) as bar:
-        for start,arrays,rows in each_done(make_chunk, tasks, min(workers, max(len(tasks), 1))):
-            for k,x in arrays.items(): write_block(part/f'{k}.npy', start, x)
-            write_json(part/'rows'/f'{start:08d}.json', rows)
-            bar.update(len(rows))
+        for count in each_done(make_chunk, tasks, min(workers, max(len(tasks), 1))): bar.update(count)
 
-# %% ../nbs/06_cohort.ipynb #9e2ea03d
+# %% ../nbs/06_cohort.ipynb #d4e300f0
+def write_tables(part, request) -> list: # names of the tables
+    "Turn the rows of all chunks into tables."
+    chunks = sorted((part/'rows').glob('0*.json'))
+    split,first = iter(split_virtual(request['n'], request['seed']).tolist()),read_json(chunks[0])[0]
+    for c in chunks: check_columns(first, read_json(c), part)
+    for k in first:
+        head = ['subject'] + ['split']*(k == 'table') + [c for c in first[k] if c != 'subject']
+        with atomic_write(part/f'{k}.csv') as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+            w = csv.DictWriter(f, head, lineterminator='\n')
+            w.writeheader()
+            for c in chunks: w.writerows(r[k] | (dict(split=next(split)) if k == 'table' else {}) for r in read_json(c))
+    return list(first)
+
 def write_manifest(part, request):
-    "Turn the rows of all chunks into the tables, and describe the store."
-    rows = [r for f in sorted((part/'rows').glob('*.json')) for r in read_json(f)]
-    files = {k: pd.DataFrame([r[k] for r in rows]) for k in rows[0]}
-    files['table'].insert(1, 'split', split_virtual(request['n'], request['seed']))
-    for k,t in files.items():
-        with atomic_write(part/f'{k}.csv') as tmp: t.to_csv(tmp, index=False, lineterminator='\n')
+    "Write the tables and describe the store."
+    names = write_tables(part, request)
     size = lambda f: dict(bytes=(part/f).stat().st_size)
     arrays = {}
     for k,(dtype,unit) in ARRAYS.items():
-        if k not in files['hashes']: continue
+        if not (part/f'{k}.npy').exists(): continue
         x = np.load(part/f'{k}.npy', mmap_mode='r', allow_pickle=False)
         arrays[k] = dict(file=f'{k}.npy', shape=list(x.shape), dtype=dtype, unit=unit) | size(f'{k}.npy')
     m = request | dict(units=dict(rr_s='s', pixel_mm='mm'), arrays=arrays,
-                       files={f'{k}.csv': size(f'{k}.csv') | dict(sha256=sha256_file(part/f'{k}.csv')) for k in files})
+                       files={f'{k}.csv': size(f'{k}.csv') | dict(sha256=sha256_file(part/f'{k}.csv')) for k in names})
     write_json(part/'manifest.json', m | dict(fingerprint=fingerprint_of(plain(m)), made_by=f'ecgflowcmr {__version__}'))
 
 def finish_store(part, folder):
@@ -315,54 +361,65 @@ def finish_store(part, folder):
     os.replace(part, folder)
     fsync(folder.parent)
 
-# %% ../nbs/06_cohort.ipynb #7da1fa8b
+# %% ../nbs/06_cohort.ipynb #50814840
+def virtual_request(n, seed, masks, subject, population) -> tuple: # what is asked for; what makes a subject
+    "Refuse what cannot be built, before anything is written."
+    if not isinstance(n, (int, np.integer)) or n < 1: raise DataError(f'is {n!r}', field='n', remedy='Give a whole number of subjects, 1 or more')
+    check_splits(pd.DataFrame(dict(subject=range(n), split=split_virtual(n, seed))), f'{n} virtual subjects')
+    population = whole_population(subject, population)
+    make = lru_cache(1)(threadpool_limits.wrap(limits=1)(lambda i: subject_record(subject, i, int(seed), population, masks)))
+    make(0)   # an impossible population
+    return dict(format=FORMAT, kind='virtual', n=int(n), seed=int(seed), masks=bool(masks), population=plain(population), generator=f'{subject.__module__}.{subject.__qualname__}'), make
+
+def usual_workers() -> int:
+    "Every core this process may use, but 8 at most: a process takes .2 GB, and a build should fit into 2."
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+
+# %% ../nbs/06_cohort.ipynb #48c9c4c3
 def build_virtual_cohort(folder,                  # becomes the cohort
                          n:int,                   # subjects
                          seed:int=0,              # of the cohort: subject i of a seed is always the same
-                         workers:int=None,        # processes; None: every core this process may use, or 1 for a few subjects
+                         workers:int=None,        # processes, .2 GB each; None: every core this process may use, 8 at most, and 1 for a few subjects
                          progress:bool=True,      # a bar on stderr
-                         chunk:int=16,            # subjects computed and saved together
+                         chunk:int=16,            # subjects that count as done together
+                         masks:bool=False,        # keep the label masks too: .78 MB a subject more
                          subject=virtual_subject, # makes a subject
                          **population,            # passed on to `subject`
                         ) -> Cohort:
     "Build a virtual cohort, go on with one that was interrupted, or open it when it is there."
     folder,part = Path(folder),Path(f'{folder}.partial')
-    if not isinstance(n, (int, np.integer)) or n < 1: raise DataError(f'is {n!r}', field='n', remedy='Give a whole number of subjects, 1 or more')
-    check_splits(pd.DataFrame(dict(subject=range(n), split=split_virtual(n, seed))), f'{n} virtual subjects')
-    population = whole_population(subject, population)
-    request = dict(format=FORMAT, kind='virtual', n=int(n), seed=int(seed), population=plain(population), generator=f'{subject.__module__}.{subject.__qualname__}')
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    _,first,_ = make_chunk(subject, 0, 1, seed, population)   # an impossible population is refused before anything is written
-    first = {k: x[0] for k,x in first.items()}
+    request,make = virtual_request(n, seed, masks, subject, population)
     with locked(folder):
-        if folder.exists() and any(folder.iterdir()): check_request(folder, request, first)
+        if folder.is_file(): raise DataError('is a file', file=folder, remedy='Name a new folder')
+        if folder.exists() and any(folder.iterdir()): check_request(folder, request, make)
         else:
-            chunk = begin_store(part, request, first, chunk)
+            chunk = begin_store(part, request, make, chunk)
             if not (part/'manifest.json').exists():
-                fill_store(part, request, subject, population, chunk, workers or (cores if n > 64 else 1), progress)   # a process takes seconds to start
+                fill_store(part, request, subject, whole_population(subject, population), chunk, workers or (usual_workers() if n > 64 else 1), progress)   # a process takes seconds to start
                 write_manifest(part, request)
             finish_store(part, folder)
     return open_cohort(folder)
 
-# %% ../nbs/06_cohort.ipynb #9994d03e
+# %% ../nbs/06_cohort.ipynb #9139747a
 COHORT_SIZE = dict(smoke=60, demo=1500, paper=42129)  # virtual subjects of a preset; `paper` as many as the paper's four-chamber cines
 
-# %% ../nbs/06_cohort.ipynb #680fb82f
+# %% ../nbs/06_cohort.ipynb #b952a4f0
 def cohort_at(cohort:str='virtual', # 'virtual', or the folder of a built cohort (absolute or from `root`)
               root='.',             # of the repository
               n:int=600,            # virtual: subjects
               seed:int=0,           # virtual: of the cohort
               workers:int=None,     # virtual: processes
               progress:bool=True,   # virtual: a bar on stderr
+              masks:bool=False,     # virtual: with label masks
               **population,         # virtual: see `virtual_subject`
              ) -> Cohort:
     "The cohort an experiment asks for."
     home = Path(root)/'runs'/'cohorts'
     if cohort == 'virtual':
         asked,usual = whole_population(virtual_subject, population),whole_population(virtual_subject, {})
-        special = {k: v for k,v in asked.items() if v != usual[k] and k != 'coupling'}
-        name = f"virtual-n{n}-s{seed}-{asked['coupling']}" + (f'-{digest(special, 8)}' if special else '')
-        return build_virtual_cohort(home/name, n, seed, workers, progress, **population)
+        other = {k: v for k,v in asked.items() if v != usual[k] and k != 'coupling'}
+        name = [f"virtual-n{n}-s{seed}-{asked['coupling']}", *(str(other.pop(k)) for k in ('people','disease') if k in other), *([digest(other, 8)] if other else []), *(['masks'] if masks else [])]
+        return build_virtual_cohort(home/'-'.join(name), n, seed, workers, progress, masks=masks, **population)
     if (Path(root)/cohort).is_dir(): return open_cohort(Path(root)/cohort)
     found = sorted(f'runs/cohorts/{p.parent.name}' for p in home.glob('*/manifest.json') if p.parent.suffix != '.partial')
     raise DataError(f"there is no cohort '{cohort}'", field='cohort', remedy=f"Valid: {', '.join(['virtual', *found])}, or the folder of another built cohort")

@@ -15,15 +15,37 @@ def plain_subject(i, seed=0, coupling='strong', pause=0.):
     "A quick subject of the right shapes."
     time.sleep(pause)
     r = np.random.default_rng([seed, i, len(coupling)])
-    return SimpleNamespace(ecg=r.normal(size=(12,5000)).astype('float32'), la=r.integers(0, 256, (50,96,96), dtype=np.uint8), pixel_mm=1.83, rr_s=r.uniform(.6, 1.2),
-                           exact=dict(LVEDV=r.normal(150, 30), LVEF=r.normal(60, 6)), covariates=dict(age=r.normal(64, 8), sex='F' if i % 2 else 'M'),
-                           diagnoses=['I42.0','I50.0'] if i % 5 == 0 else [])
+    grey = lambda n: r.integers(0, 256, (50,n,n), dtype=np.uint8)
+    exact = dict(LVEDV=r.normal(150, 30), LVEF=r.normal(60, 6))
+    return SimpleNamespace(ecg=r.normal(size=(12,5000)).astype('float32'), la=grey(96), sa=grey(80), la_mask=grey(96) % 7, sa_mask=grey(80) % 4, pixel_mm=1.83, rr_s=r.uniform(.6, 1.2),
+                           exact=exact, measured={k: v + r.normal() for k,v in exact.items()}, diagnoses=['I42.0','I50.0'] if i % 5 == 0 else [],
+                           covariates=dict(age=r.normal(64, 8), sex='F' if i % 2 else 'M', smoking=None if i % 7 == 0 else i % 3, tense=None))
 
 
 def no_ecg_subject(i, seed=0): return SimpleNamespace(**vars(plain_subject(i, seed)) | dict(ecg=np.zeros((12,5000 - (i > 3)))))
 
 
 def twin_subject(i, seed=0): return plain_subject(min(i, 12), seed)
+
+
+def maskless_subject(i, seed=0): return SimpleNamespace(**{k: v for k,v in vars(plain_subject(i, seed)).items() if not k.endswith('mask')})
+
+
+def other_columns(i, seed=0):
+    s = plain_subject(i, seed)
+    if i == 13: s.covariates['height'] = 170.
+    return s
+
+
+NAMES = [f'phenotype_{k}' for k in range(82)]
+def wide_subject(i, seed=0):
+    "No work, but arrays and tables as large as a virtual subject's."
+    r = np.random.default_rng([seed, i])
+    tile = r.integers(0, 256, 7200, dtype=np.uint8)
+    grey = lambda n: np.resize(tile, (50,n,n))
+    many = lambda: dict(zip(NAMES, r.normal(size=82).tolist()))
+    return SimpleNamespace(ecg=np.resize(r.normal(size=7000).astype('float32'), (12,5000)), la=grey(96), sa=grey(80), la_mask=grey(96) % 7, sa_mask=grey(80) % 4, pixel_mm=1.83, rr_s=1.,
+                           exact=many(), measured=many(), diagnoses=[], covariates={f'covariate_{k}': r.normal() for k in range(20)})
 
 
 def files(folder):
@@ -38,7 +60,8 @@ def build(folder, n=20, **kw):
 
 def start(folder, **kw):
     "The same in a process of its own."
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_cohort import *; print(build({str(folder)!r}, **{kw!r}).fingerprint)"
+    subject = kw.pop('subject', 'plain_subject')
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_cohort import *; import test_cohort; print(build({str(folder)!r}, subject=test_cohort.{subject}, **{kw!r}).fingerprint)"
     return subprocess.Popen([sys.executable, '-c', code], cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -72,14 +95,71 @@ def test_workers_and_chunks_do_not_matter(tmp_path, whole):
     assert more.fingerprint != whole.fingerprint
 
 
-def test_virtual_subject_in_one_and_two_processes(tmp_path):
-    one = build(tmp_path/'one', n=12, subject=virtual_subject)
-    two = build(tmp_path/'two', n=12, subject=virtual_subject, workers=2, chunk=5)
-    assert files(one.folder) == files(two.folder)
-    s = virtual_subject(7)
-    np.testing.assert_array_equal(one.ecg[7], s.ecg); np.testing.assert_array_equal(one.la[7], s.la)
-    assert {k: one.exact[k][7] for k in s.exact} == pytest.approx(s.exact, rel=0, abs=0, nan_ok=True)
-    assert audit(one)['ok']
+def test_what_comes_back_is_what_was_put_in(whole):
+    s = plain_subject(7)
+    for k in ('ecg','la','sa'): np.testing.assert_array_equal(getattr(whole, k)[7], getattr(s, k))
+    for k in ('exact','measured'): assert {o: getattr(whole, k)[o][7] for o in getattr(s, k)} == getattr(s, k), 'to the last bit'
+    assert whole.table.loc[7, 'age'] == s.covariates['age'] and np.isnan(whole.table.loc[7, 'smoking']) and whole.table.loc[8, 'smoking'] == 2
+    assert whole.table['tense'].isna().all() and whole.table.loc[5, 'diagnoses'] == 'I42.0;I50.0' and whole.table.loc[6, 'diagnoses'] == ''
+    b = whole.batch([3,1])
+    assert [b[k].shape for k in ('ecg','la','sa')] == [(2,12,5000), (2,50,96,96), (2,50,80,80)] and b['sa'].dtype == np.uint8
+    np.testing.assert_array_equal(b['sa'][1], plain_subject(1).sa)
+    assert set(whole.batch([0], ('ecg',))) == {'ecg','rr_s','pixel_mm'}
+
+
+def test_masks_on_request(tmp_path, whole):
+    assert whole.la_mask is None and whole.sa_mask is None
+    c = build(tmp_path/'c', masks=True)
+    np.testing.assert_array_equal(c.la_mask[4], plain_subject(4).la_mask); np.testing.assert_array_equal(c.sa_mask[4], plain_subject(4).sa_mask)
+    assert c.fingerprint != whole.fingerprint
+    more = sum(f.stat().st_size for f in c.folder.glob('*_mask.npy'))
+    assert more == 20*50*(96**2 + 80**2) + 2*128   # .78 MB a subject, and two headers
+    with pytest.raises(DataError, match='masks is True there and False here'): build(c.folder)
+    with pytest.raises(DataError, match='no masks'): build(tmp_path/'d', masks=True, subject=maskless_subject)
+    assert not list(tmp_path.glob('d*'))
+
+
+def test_other_columns_are_refused(tmp_path):
+    with pytest.raises(DataError, match='different columns'): build(tmp_path/'c', subject=other_columns)
+    with pytest.raises(DataError, match='different columns'): build(tmp_path/'d', subject=other_columns, chunk=1)
+    with pytest.raises(DataError, match='different columns'): build(tmp_path/'e', subject=other_columns, workers=2)   # the same from another process
+    assert not any((tmp_path/o).exists() for o in 'cde')
+
+
+def test_a_store_of_format_1(tmp_path):
+    c = build(tmp_path/'c', n=10)
+    m = c.folder/'manifest.json'
+    m.write_text(m.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(DataError, match='format 1. This version reads format 2: build the cohort again'): open_cohort(c.folder)
+    with pytest.raises(DataError, match='format is 1 there and 2 here.*Name another folder, or remove this one'): build(c.folder, n=10)
+
+
+def memory(pid): # bytes
+    "Resident memory of a process and its children, each counted in full (what they share is counted again)."
+    total = 0
+    for p in (pid, *children(pid)):
+        try: total += int(Path(f'/proc/{p}/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
+        except (FileNotFoundError, ProcessLookupError): pass
+    return total
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads /proc')
+def test_memory_does_not_grow(tmp_path):
+    "Two workers, masks too: the peak of all processes together, for 60 and for 300 subjects, taken on to 10,000."
+    peaks = []
+    for n in (60, 300):
+        p = start(tmp_path/f'{n}', n=n, workers=2, masks=True, chunk=16, subject='wide_subject')
+        peak = 0
+        while p.poll() is None:
+            try: peak = max(peak, memory(p.pid))
+            except FileNotFoundError: break
+            time.sleep(.01)
+        assert p.wait() == 0, p.stderr.read()
+        peaks.append(peak)
+        for f in (tmp_path/f'{n}').glob('*.npy'): f.unlink()
+    growth = (peaks[1] - peaks[0])/240
+    print(f'peak {peaks[0]/1e6:.0f} MB for 60, {peaks[1]/1e6:.0f} MB for 300: {growth/1e3:.1f} kB a subject')
+    assert peaks[1] + max(growth, 0)*9700 < 2e9 and peaks[1] < 1e9
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks for processes in /proc')
@@ -136,9 +216,27 @@ def test_a_changed_virtual_heart_is_noticed(tmp_path, monkeypatch):
     real = plain_subject.__globals__['np'].random.default_rng
     monkeypatch.setattr(np.random, 'default_rng', lambda s: real([9, *s]))   # another subject 0 under the same name
     with pytest.raises(DataError, match='ecg: subject 0 differs'): build(c.folder)
+    with pytest.raises(DataError, match='ecg: subject 0 differs'): build(c.folder, n=20)
 
 
-@pytest.mark.parametrize('name', ['ecg.npy', 'la.npy', 'table.csv', 'exact.csv', 'hashes.csv', 'manifest.json'])
+ILL = dict(shift=0)
+def ill_subject(i, seed=0):
+    "As ever, but every fifth heart changes with `ILL`."
+    s = plain_subject(i, seed)
+    s.diagnoses = ['I42.0'] if i % 5 == 4 else []
+    if s.diagnoses: s.measured['LVEF'] -= ILL['shift']
+    return s
+
+
+def test_a_changed_disease_is_noticed(tmp_path, monkeypatch):
+    "Subject 0 is healthy and as it was; the first one who is ill is not."
+    c = build(tmp_path/'c', subject=ill_subject)
+    assert build(c.folder, subject=ill_subject).fingerprint == c.fingerprint
+    monkeypatch.setitem(ILL, 'shift', 1)
+    with pytest.raises(DataError, match='measured: LVEF: subject 4 differs'): build(c.folder, subject=ill_subject)
+
+
+@pytest.mark.parametrize('name', ['ecg.npy', 'la.npy', 'sa.npy', 'table.csv', 'exact.csv', 'measured.csv', 'hashes.csv', 'manifest.json'])
 def test_missing_or_altered_files_are_named(tmp_path, name):
     c = build(tmp_path/'c', n=10)
     f = c.folder/name
@@ -156,8 +254,9 @@ def test_missing_or_altered_files_are_named(tmp_path, name):
 
 def test_altered_arrays_fail_the_audit(tmp_path):
     c = build(tmp_path/'c', n=10)
-    x = np.load(c.folder/'la.npy', mmap_mode='r+'); x[3,0,0,0] ^= 1; x.flush()
-    assert audit(c)['la'] == dict(altered=1, shared=0)
+    for k,i in (('la',3), ('sa',4)):
+        x = np.load(c.folder/f'{k}.npy', mmap_mode='r+'); x[i,0,0,0] ^= 1; x.flush()
+    assert audit(c) | dict(subjects=10) == dict(subjects=10, ecg=dict(altered=0, shared=0), la=dict(altered=1, shared=0), sa=dict(altered=1, shared=0), ok=False)
     with pytest.raises(DataError, match='audit.*failed'): open_cohort(c.folder)
 
 
@@ -211,4 +310,11 @@ def test_cohort_at(tmp_path):
     with pytest.raises(DataError, match='Valid: virtual, runs/cohorts/mine'): cohort_at('ukb', root=tmp_path)
     for name in ('runs/cohorts/mine', str(tmp_path/'runs'/'cohorts'/'mine')):
         assert isinstance(cohort_at(name, root=tmp_path), Cohort)
-    with pytest.raises(DataError, match='coupling'): cohort_at('virtual', root=tmp_path, coupling='weak')
+    for wrong in (dict(coupling='weak'), dict(people='martians'), dict(disease='gout'), dict(n=0)):
+        with pytest.raises(DataError, match='weak|martians|gout|is 0'): cohort_at('virtual', root=tmp_path, **wrong)
+    assert [f.name for f in (tmp_path/'runs'/'cohorts').iterdir() if not f.name.startswith('.lock')] == ['mine'], 'nothing was begun'
+    c = cohort_at('virtual', root=tmp_path, n=10, progress=False, people='subtypes', masks=True)
+    assert c.folder.name == 'virtual-n10-s0-strong-subtypes-masks' and c.la_mask.shape == (10,50,96,96)
+    (tmp_path/'afile').write_text('mine')
+    with pytest.raises(DataError, match='is a file'): build(tmp_path/'afile')
+    assert (tmp_path/'afile').read_text() == 'mine'

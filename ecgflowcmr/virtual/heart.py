@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FRAMES', 'DENSITY', 'WT', 'CONTRACT', 'RANGES', 'SEGMENTS', 'CUT', 'PHI', 'LEVELS', 'CENTRES', 'FLAT', 'CAP', 'EDGE',
            'RV_ANGLE', 'RV_END', 'Heart', 'impossible', 'check_heart', 'systole_ms', 'ramp', 'emptying', 'time_course',
-           'smoothstep', 'levels', 'rows', 'spread', 'rest', 'thick', 'lv_shape', 'flattening', 'later', 'Motion',
-           'motion', 'squeeze', 'slope', 'stretch', 'wall', 'height', 'material', 'rv_profile', 'rv_reach', 'rv_width',
-           'Geometry', 'atrium', 'single', 'geometry']
+           'smoothstep', 'levels', 'rows', 'spread', 'under', 'rest', 'thick', 'lv_shape', 'flattening', 'later',
+           'Motion', 'motion', 'squeeze', 'slope', 'stretch', 'wall', 'height', 'material', 'rv_profile', 'rv_reach',
+           'rv_width', 'Geometry', 'atrium', 'single', 'geometry']
 
-# %% ../../nbs/02_virtual.heart.ipynb #f7e72f85
+# %% ../../nbs/02_virtual.heart.ipynb #bc5a692c
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -17,13 +17,13 @@ from numpy import ndarray
 
 from ..ecg import DataError
 
-# %% ../../nbs/02_virtual.heart.ipynb #1e4ab7f1
+# %% ../../nbs/02_virtual.heart.ipynb #dc544415
 FRAMES = 50        # frames a cardiac cycle, as in the paper's cines
 DENSITY = 1.05     # of myocardium, g/mL
 WT = (1.00,1.10,1.10,1.02,.95,.95, .96,1.06,1.08,1.02,.94,.93, .92,.97,.92,.90)     # wall thickness of AHA 1..16 over the mean (sheet 2.3)
 CONTRACT = (.98,.93,.88,.92,1.02,1.05, 1.02,1.,.95,.97,1.05,1.06, 1.08,1.08,1.04,1.08) # circumferential shortening, likewise
 
-# %% ../../nbs/02_virtual.heart.ipynb #0310f7a7
+# %% ../../nbs/02_virtual.heart.ipynb #f015d640
 @dataclass
 class Heart:
     "Size and function of one virtual heart; frame 0 is end-diastole. The defaults are a healthy man of 63."
@@ -59,7 +59,7 @@ class Heart:
     pp:float = 48.           # central pulse pressure, mmHg
     twist:float = 12.        # of the apex against the base, degrees
 
-# %% ../../nbs/02_virtual.heart.ipynb #99b009d2
+# %% ../../nbs/02_virtual.heart.ipynb #0f7e1433
 RANGES = dict(lvedv=(40,500), lvef=(8,85), lvm=(30,450), rvedv=(40,500), rvef=(8,85), la_max=(15,300), la_ef=(3,85), ra_max=(15,350),
               ra_ef=(3,85), hr=(35,160), pr_ms=(80,320), ell=(-30,-2), tapse=(4,35), early=(.2,1), long=(1.3,3), tilt=(-.5,.5), gradient=(-.8,.8),
               delay_ms=(0,150), es_delay_ms=(0,80), flatten=(0,1), rv_wall=(2,12), fluid=(0,30), aao=(250,2500), dao=(150,1600), aao_dist=(.1,12),
@@ -82,7 +82,7 @@ def check_heart(h:Heart) -> Heart:  # the same heart, if its numbers are possibl
     if h.lvm/DENSITY > 3.2*h.lvedv: impossible('lvm', f'{h.lvm:.0f} g are thicker than a cavity of {h.lvedv:.0f} mL allows', f'Give at most {3.2*h.lvedv*DENSITY:.0f} g.')
     return h
 
-# %% ../../nbs/02_virtual.heart.ipynb #131ffc6e
+# %% ../../nbs/02_virtual.heart.ipynb #77daf984
 def systole_ms(h:Heart) -> tuple: # (begin of ejection, end-systole), ms after R
     "Ejection begins after isovolumic contraction and ends at end-systole (Weissler's QS2 less 45 ms)."
     qs2 = 546 - 2.1*h.hr if h.male else 549 - 2.0*h.hr
@@ -95,7 +95,7 @@ def ramp(t:ndarray,  # times, ms
     "A smooth step from 0 to 1."
     return .5 - .5*np.cos(np.pi*np.clip((t-start)/(end-start), 0, 1))
 
-# %% ../../nbs/02_virtual.heart.ipynb #ffb252cf
+# %% ../../nbs/02_virtual.heart.ipynb #17580c22
 def emptying(h:Heart, t:ndarray, start:float) -> ndarray: # share of the stroke, 0 at end-diastole, 1 at end-systole
     "Ejection from `start` ms, then early filling, diastasis and atrial kick; periodic in the beat."
     rr, (_,es) = 60000/h.hr, systole_ms(h)
@@ -114,13 +114,13 @@ def time_course(h:Heart, n:int=FRAMES) -> dict: # name -> curve (n,)
     return dict(t=t, lv=h.lvedv*(1 - h.lvef/100*out), rv=h.rvedv*(1 - h.rvef/100*out), la=atrium(h.la_max, h.la_ef), ra=atrium(h.ra_max, h.ra_ef),
                 out=out, tricuspid=h.tapse*out, aorta=narrow + (h.dao-narrow)*pulse)
 
-# %% ../../nbs/02_virtual.heart.ipynb #4a1fc682
+# %% ../../nbs/02_virtual.heart.ipynb #0cb043fe
 CUT = .45           # mitral plane above the centre, in long semi-axes
 PHI = np.linspace(-np.pi, np.pi, 48, endpoint=False)  # the angles at which the heart is tabulated, rad
 LEVELS = (.22, .53, .84)                              # xi in the middle of the apical, the mid and the basal segments
 CENTRES = np.radians([0, 60, 120, 180, 240, 300])     # middles of segments 1-6 and 7-12; 13-16 every 90 degrees
 
-# %% ../../nbs/02_virtual.heart.ipynb #6b509c29
+# %% ../../nbs/02_virtual.heart.ipynb #faf33b5f
 def smoothstep(x:ndarray, start:float, end:float) -> ndarray: # 0 before, 1 after
     "A smooth step by a cubic polynomial."
     x = np.clip((x-start)/(end-start), 0, 1)
@@ -143,12 +143,16 @@ def spread(three:ndarray, xi:ndarray) -> ndarray: # `xi.shape`, broadcast agains
     "Value of a field of segments (`rows`) at `xi` `(..., 48)` or `(..., 1)`."
     return sum(w*r for w,r in zip(levels(xi), three))
 
-# %% ../../nbs/02_virtual.heart.ipynb #f05552c5
+# %% ../../nbs/02_virtual.heart.ipynb #e6fe8b0e
+def under(w:float) -> float: # mm
+    "Thickness of the apex below the cavity, for a wall of `w` mm."
+    return float(7*np.tanh(.6*w/7))
+
 def rest(h:Heart, xi:ndarray, shape:tuple) -> tuple: # squared radii of cavity and wall before `wt`, mm²; negative where there is none
     "The two spheroids at end-diastole."
     a,c,w = shape
-    x = CUT*c - (1-xi)*(CUT*c + c + .6*w)
-    return a**2*(1 - (x/c)**2), (a+w)**2*(1 - (x/(c+.6*w))**2)
+    x = CUT*c - (1-xi)*(CUT*c + c + under(w))
+    return a**2*(1 - (x/c)**2), (a+w)**2*(1 - (x/(c+under(w)))**2)
 
 def thick(h:Heart, xi:ndarray) -> ndarray: # wall cross-section over the plain one
     "The pattern `wt`, evened out in the cap below the cavity."
@@ -164,13 +168,13 @@ def lv_shape(h:Heart) -> tuple: # (a, c, w): short and long semi-axis of the cav
     for _ in range(40):
         w = (low+high)/2
         inner,outer = rest(h, xi, (a,c,w))
-        mass = DENSITY*np.pi*(m*(outer-np.maximum(inner,0))).mean()*(c*(1+CUT)+.6*w)/1000
+        mass = DENSITY*np.pi*(m*(outer-np.maximum(inner,0))).mean()*(c*(1+CUT)+under(w))/1000
         low,high = (w,high) if mass < h.lvm else (low,w)
     return a, c, w
 
-# %% ../../nbs/02_virtual.heart.ipynb #eae36814
+# %% ../../nbs/02_virtual.heart.ipynb #73bafa00
 FLAT = .45         # of the squared radius towards a septum that is flat at end-systole
-CAP, EDGE = .75, .03 # thickening of the cap over the ejected share of the cavity; length of its edge, in xi
+CAP, EDGE = .5, .03 # thickening of the cap over the ejected share of the cavity; length of its edge, in xi
 
 def flattening(h:Heart, out:ndarray) -> ndarray: # factor of the squared radius `(n, 48)`
     "A pressed septum: the cavity becomes a D, then an oval; 1 on average."
@@ -184,7 +188,7 @@ def later(h:Heart, v:ndarray) -> ndarray: # k `(n, 48)`
     at = np.arange(n)[:,None] - shift
     return np.interp(at.ravel(), np.arange(n), k, period=n).reshape(at.shape)
 
-# %% ../../nbs/02_virtual.heart.ipynb #205def90
+# %% ../../nbs/02_virtual.heart.ipynb #6f3eb800
 @dataclass
 class Motion:
     "How the wall moves: what `wall` needs, for each frame and angle."
@@ -202,15 +206,15 @@ class Motion:
 def motion(h:Heart, curves:dict) -> Motion:
     "Solve for `beta`: one division, since the volume is linear in it."
     shape = lv_shape(h); a,c,w = shape
-    apex, v = c*(1+CUT) + .6*w, curves['lv']/h.lvedv
+    apex, v = c*(1+CUT) + under(w), curves['lv']/h.lvedv
     k, flat = (x[:,None] for x in (later(h, v), flattening(h, curves['out'])))
-    m = Motion(h, shape, apex, .6*w/apex, k, flat, np.ones((len(v),1,1)), (h.ell/100*curves['out'])[:,None,None], 1 - h.tilt*np.sin(PHI), CAP*(1-v)[:,None,None])
+    m = Motion(h, shape, apex, under(w)/apex, k, flat, np.ones((len(v),1,1)), (h.ell/100*curves['out'])[:,None,None], 1 - h.tilt*np.sin(PHI), CAP*(1-v)[:,None,None])
     xi = (m.tip + (1-m.tip)*(np.arange(60)+.5)/60)[:,None]
     weight = rest(h, xi, shape)[0]
     m.beta = (v*weight.mean()/(weight*squeeze(m, xi)).mean((1,2)))[:,None,None]
     return m
 
-# %% ../../nbs/02_virtual.heart.ipynb #f69ecc8e
+# %% ../../nbs/02_virtual.heart.ipynb #da9f560d
 def squeeze(m:Motion, xi:ndarray) -> ndarray: # `(n, ..., 48)`
     "How much each direction contracts, before `beta`."
     return np.exp(-spread(rows(m.heart.contract), xi)*m.k)*m.flat
@@ -232,7 +236,7 @@ def wall(m:Motion, xi:ndarray) -> tuple: # squared radii of cavity and wall `(n,
     cavity = hollow*(m.beta*squeeze(m, xi))
     return np.where(inner>0, cavity, inner)/l, (cavity + thick(m.heart, xi)*(outer-hollow))/l
 
-# %% ../../nbs/02_virtual.heart.ipynb #e8103c65
+# %% ../../nbs/02_virtual.heart.ipynb #47154623
 def height(m:Motion, xi:ndarray) -> ndarray: # height below the mitral plane at rest, mm `(n, ..., 48)`
     "Where the piece of wall `xi` is in each frame."
     b,a = slope(m)
@@ -250,11 +254,11 @@ def material(m:Motion, s:ndarray) -> ndarray: # xi `(n, ..., 48)`
     xi[:,low] = np.where(xi[:,low] >= m.tip+EDGE, xi[:,low], np.where(below <= m.tip, below, edge))
     return xi
 
-# %% ../../nbs/02_virtual.heart.ipynb #27a0db05
+# %% ../../nbs/02_virtual.heart.ipynb #b69db9f9
 RV_ANGLE = 1.4   # half-angle of the crescent, rad
 RV_END = .93     # the right ventricle ends at this share of the way to the apex
 
-# %% ../../nbs/02_virtual.heart.ipynb #c4c76c4c
+# %% ../../nbs/02_virtual.heart.ipynb #f859c05d
 def rv_profile(x:ndarray) -> ndarray: # width relative to that at the base
     "Width of the right ventricle from the tricuspid plane (x=0) to its apex (x=1)."
     x = np.clip(x, 0, 1)
@@ -278,7 +282,7 @@ def rv_width(volume:ndarray,  # target volumes (n,), mL
     p, q = (ro*f).sum((1,2))*ds*dphi, (.5*f*f).sum()*ds*dphi
     return (-p + np.sqrt(p*p + 4*q*volume*1000))/(2*q)
 
-# %% ../../nbs/02_virtual.heart.ipynb #522535e5
+# %% ../../nbs/02_virtual.heart.ipynb #2ac7b0ac
 @dataclass
 class Geometry:
     "A beating heart, ready to be cut by a plane: heights from the mitral plane at rest towards the apex, mm; curves `(n,)`."
@@ -297,7 +301,7 @@ class Geometry:
     ra:tuple           # right atrium, likewise
     aorta:ndarray      # area of the descending aorta, mm²
 
-# %% ../../nbs/02_virtual.heart.ipynb #0a4c08b2
+# %% ../../nbs/02_virtual.heart.ipynb #592e4090
 def atrium(volume:ndarray, # curve (n,), mL
            plane:ndarray,  # height of its valve plane (n,), mm
           ) -> tuple:      # semi-axes along and across the long axis (n,), mm
