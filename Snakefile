@@ -3,6 +3,7 @@
 #   snakemake --cores 2                                  # all of it, at the demo preset
 #   snakemake --cores 2 --config preset=smoke run=try    # another size, another folder of runs/
 #   snakemake --profile profiles/slurm --config preset=paper
+#   snakemake --cores 2 virtual                          # the report on the virtual cohort; not part of `all`
 
 import re
 from pathlib import Path
@@ -29,6 +30,14 @@ def code(notebook):
 
 rule all:
     input: f"runs/{RUN}/generate/done.json"
+
+rule virtual:
+    input: code("21_virtual_cohort")
+    output: f"runs/{RUN}/virtual/done.json"
+    log: f"runs/{RUN}/21_virtual_cohort.ipynb"
+    threads: 2
+    params: KNOBS
+    shell: "papermill nbs/21_virtual_cohort.ipynb {params}"
 
 rule pamae:
     input: code("20_pamae_train")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'AFTER', 'TABLES', 'CODE', 'read_strip', 'median_beat', 'strips', 'in_order', 'version', 'ecg_features',
-           'People', 'virtual_rows', 'virtual_readings']
+           'People', 'virtual_rows', 'reading_files', 'many_readings', 'virtual_readings']
 
-# %% ../nbs/06a_readings.ipynb #3a31eadf
+# %% ../nbs/06a_readings.ipynb #9145d9ba
 import importlib, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .virtual.people import labels_of, covariates_of, virtual_person
 from .virtual.disease import icd10
 from .cohort import each_done, read_table, usual_workers, whole_population
 
-# %% ../nbs/06a_readings.ipynb #20565ea1
+# %% ../nbs/06a_readings.ipynb #09a5cf13
 BEFORE, AFTER = .25, .65  # s around the onset of QRS
 
 def read_strip(mv) -> dict: # of `measure`, or empty
@@ -40,30 +40,29 @@ def median_beat(mv, fs=FS) -> np.ndarray: # `(12, 450)` float32, mV; NaN where t
     out[:,a-start:b-start] = beat[:,a:b]
     return out
 
-# %% ../nbs/06a_readings.ipynb #46ef5d1d
+# %% ../nbs/06a_readings.ipynb #c2bc65c3
 def strips(file, start, stop) -> tuple: # job: rows of an ECG file
-    "Start, and what the machine prints for rows `start` to `stop`."
+    "Where it belongs, and what the machine prints for rows `start` to `stop`."
     x = np.load(file, mmap_mode='r', allow_pickle=False)
     with threadpool_limits(1): return start, [read_strip(np.array(x[i])) for i in range(start, stop)]
 
-def in_order(job,     # an importable function that returns where its part begins, and a list
+def in_order(job,     # an importable function: where its part belongs, and a list
              tasks,   # its arguments, a tuple each
-             n,       # items
-             workers, # processes, None: as many as usual, or 1 for little work
-             what,    # for the bar; none if empty
-             unit=''
-            ) -> list:
-    "The lists of all parts, strung together."
+             n,       # items in all
+             workers, # processes, None: as many as usual; for little work it is done here
+             what='', # for the bar; none if empty
+            ) -> dict: # place -> list, by place
+    "The lists of all parts."
     parts = {}
-    with tqdm(total=n, desc=what, unit=unit, file=sys.stderr, disable=not what, mininterval=.5) as bar:
-        for start,items in each_done(job, tasks, workers or (usual_workers() if n > 400 else 1)): parts[start] = items; bar.update(len(items))
-    return [o for k in sorted(parts) for o in parts[k]]
+    with tqdm(total=n, desc=what, unit=' ECGs', file=sys.stderr, disable=not what, mininterval=.5) as bar:
+        for place,items in each_done(job, tasks, (workers or usual_workers()) if n > 150 else 1): parts[place] = items; bar.update(len(items))   # a process takes seconds to start
+    return {k: parts[k] for k in sorted(parts)}
 
 def version(*modules) -> str:
     "A fingerprint of the code of modules."
     return digest([sha256_file(importlib.import_module(m).__file__) for m in modules], 8)
 
-# %% ../nbs/06a_readings.ipynb #d06c73e1
+# %% ../nbs/06a_readings.ipynb #df430055
 def ecg_features(cohort,        # of `open_cohort`
                  folder,        # where the table is kept
                  workers=None,  # processes
@@ -74,11 +73,11 @@ def ecg_features(cohort,        # of `open_cohort`
     if not file.exists():
         n = len(cohort)
         tasks = [(cohort.folder/'ecg.npy', a, min(a + 32, n)) for a in range(0, n, 32)]
-        rows = in_order(strips, tasks, n, workers, 'reading ECGs' if progress else '', ' ECGs')
+        rows = [r for part in in_order(strips, tasks, n, workers, 'reading ECGs' if progress else '').values() for r in part]
         with atomic_write(file) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False, lineterminator='\n')
     return read_table(file)
 
-# %% ../nbs/06a_readings.ipynb #269bb94f
+# %% ../nbs/06a_readings.ipynb #1fb2af88
 @dataclass
 class People:
     "Tables of one population, a row for each person."
@@ -91,7 +90,7 @@ class People:
 
 TABLES = 'features', 'exact', 'measured', 'covariates'
 
-def virtual_rows(start, stop, seed, population) -> tuple: # job: start, list of (features, exact, measured, covariates)
+def virtual_rows(place, start, stop, seed, population) -> tuple: # job: place, list of (features, exact, measured, covariates)
     "Subjects `start` to `stop` without their pictures."
     out = []
     with threadpool_limits(1):
@@ -100,27 +99,36 @@ def virtual_rows(start, stop, seed, population) -> tuple: # job: start, list of 
             mv,_ = virtual_ecg(p.electrics, rng['noise'])
             exact,measured = labels_of(p, geometry(p.heart), rng['reader'])
             out.append((read_strip(mv), exact, measured, covariates_of(p) | dict(diagnoses=';'.join(icd10(p.illness)))))
-    return start, out
+    return place, out
 
-# %% ../nbs/06a_readings.ipynb #8c472b77
+# %% ../nbs/06a_readings.ipynb #8234652b
 CODE = [f'ecgflowcmr.{m}' for m in ('delineate', 'virtual.heart', 'virtual.phenotypes', 'virtual.ecg', 'virtual.body', 'virtual.disease', 'virtual.measured', 'virtual.coupling', 'virtual.people')]
 
-def virtual_readings(n:int,         # people
-                     folder,        # where the tables are kept
-                     seed:int=0,    # of the cohort
-                     start:int=0,   # number of the first
-                     workers=None,  # processes
-                     progress=True, # a bar on stderr
-                     **population,  # see `virtual_subject`
-                    ) -> People:
-    "Subjects `start` to `start+n` of a cohort, without their pictures; made once."
-    population = whole_population(virtual_person, population)
+def reading_files(folder, n, seed, start, population) -> dict: # table -> file
+    "Where the tables of a group are; another group or another version of the code has others."
     name = digest(dict(n=n, seed=seed, start=start, population=plain(population), code=version(*CODE)), 16)
-    files = {k: Path(folder)/f'{k}-{name}.csv' for k in TABLES}
-    if not all(f.exists() for f in files.values()):
-        tasks = [(a, min(a + 16, start + n), seed, population) for a in range(start, start + n, 16)]
-        what = '-'.join(str(population[k]) for k in ('disease','people','coupling') if population[k])
-        rows = in_order(virtual_rows, tasks, n, workers, what if progress else '', ' people')
+    return {k: Path(folder)/f'{k}-{name}.csv' for k in TABLES}
+
+def many_readings(groups:dict,   # name -> dict(n, seed=0, start=0, and what `virtual_subject` takes)
+                  folder,        # where the tables are kept
+                  workers=None,  # processes
+                  progress=True, # a bar on stderr
+                 ) -> dict:      # name -> People
+    "Subjects `start` to `start+n` of cohorts, without their pictures; made once."
+    asked = {}
+    for name,g in groups.items():
+        g = dict(g); n,seed,start = g.pop('n'),g.pop('seed', 0),g.pop('start', 0)
+        asked[name] = n,seed,start,whole_population(virtual_person, g)
+    files = {k: reading_files(folder, *v) for k,v in asked.items()}
+    missing = {k: v for k,v in asked.items() if not all(f.exists() for f in files[k].values())}
+    tasks = [((k, a), a, min(a + 16, start + n), seed, p) for k,(n,seed,start,p) in missing.items() for a in range(start, start + n, 16)]
+    parts = in_order(virtual_rows, tasks, sum(v[0] for v in missing.values()), workers, 'people without pictures' if progress and tasks else '')
+    for name in missing:
+        rows = [r for (k,_),part in parts.items() if k == name for r in part]
         for k,r in zip(TABLES, zip(*rows)):
-            with atomic_write(files[k]) as tmp: pd.DataFrame(list(r)).to_csv(tmp, index=False, lineterminator='\n')
-    return People(**{k: read_table(f) for k,f in files.items()})
+            with atomic_write(files[name][k]) as tmp: pd.DataFrame(list(r)).to_csv(tmp, index=False, lineterminator='\n')
+    return {k: People(**{t: read_table(f) for t,f in v.items()}) for k,v in files.items()}
+
+def virtual_readings(n:int, folder, workers=None, progress=True, **group) -> People: # see `many_readings`
+    "One group of people without pictures."
+    return many_readings(dict(one=dict(n=n, **group)), folder, workers, progress)['one']
