@@ -6,13 +6,13 @@
 __all__ = ['CODES', 'COUNTS', 'UKB', 'HOSPITAL', 'THICKNESS', 'STRENGTH', 'habits', 'activity', 'body', 'terms', 'chambers',
            'movement', 'shell', 'field_of', 'segments', 'vessels', 'within', 'healthy_heart']
 
-# %% ../../nbs/04a_virtual.body.ipynb #ccdabd51
+# %% ../../nbs/04a_virtual.body.ipynb #542cd942
 import numpy as np
 
 from ..ecg import DataError
 from .heart import Heart, RANGES, SEGMENTS, WT, CONTRACT
 
-# %% ../../nbs/04a_virtual.body.ipynb #e91f865d
+# %% ../../nbs/04a_virtual.body.ipynb #a0f4106d
 CODES = dict(alcohol=((1,2,3,4,5,6), (.20,.26,.25,.11,.11,.07)),   # 1 daily ... 6 never
              smoking=((0,1,2), (.61,.35,.04)),                     # never, previous, current
              insomnia=((1,2,3), (.24,.48,.28)),                    # never, sometimes, usually
@@ -20,7 +20,7 @@ CODES = dict(alcohol=((1,2,3,4,5,6), (.20,.26,.25,.11,.11,.07)),   # 1 daily ...
              pork=((0,1,2,3,4,5), (.14,.52,.26,.07,.008,.002)))    # 0 never ... 5 daily
 COUNTS = dict(moderate_days=(3.66,2.87,0,7), walk_days=(6.14,2.94,0,7), sleep_h=(7.2,.96,3,12), vegetables=(2.63,1.91,0,15)) # mean, SD before rounding; lowest, highest
 
-# %% ../../nbs/04a_virtual.body.ipynb #e66eefbd
+# %% ../../nbs/04a_virtual.body.ipynb #f42290bf
 def habits(z:np.ndarray, # four normal numbers
            u:np.ndarray, # five uniform numbers
           ) -> dict:
@@ -33,11 +33,11 @@ def activity(b:dict) -> float: # standard deviations
     if b['walk_days'] is None: return 0.
     return .61*((b['moderate_days']-3.63)/2.33 + (b['walk_days']-5.37)/1.96)
 
-# %% ../../nbs/04a_virtual.body.ipynb #577e20ec
+# %% ../../nbs/04a_virtual.body.ipynb #1b552c99
 UKB = dict(male=.483, age=(63.4,7.55,45,82), height=((176,6.6),(163,6.2)), bmi=((27.1,.14),(26.0,.165)), hr=(59.5,.165))
 HOSPITAL = dict(male=.60, age=(54,14.5,18,85), height=((170,6.3),(158.5,5.8)), bmi=((24.6,.14),(23.7,.15)), hr=(72,.165))
 
-# %% ../../nbs/04a_virtual.body.ipynb #216a0f3b
+# %% ../../nbs/04a_virtual.body.ipynb #cf12a714
 def body(rng:np.random.Generator,
          hospital:bool=False,   # the second hospital's population
          age:float=None,        # years, when it is already known
@@ -59,7 +59,7 @@ def body(rng:np.random.Generator,
     b |= dict(hr=float(np.clip(hr, 40, 110)), sbp=sbp, dbp=dbp, bsa=.007184*b['weight']**.425*height**.725)
     return {k:float(v) if isinstance(v, np.floating) else v for k,v in b.items()}
 
-# %% ../../nbs/04a_virtual.body.ipynb #60285fe0
+# %% ../../nbs/04a_virtual.body.ipynb #efe97cca
 def terms(b:dict, z:np.ndarray) -> dict: # z: 2 normal numbers
     "What a person's heart is regressed on."
     male = b['sex']=='male'
@@ -67,28 +67,28 @@ def terms(b:dict, z:np.ndarray) -> dict: # z: 2 normal numbers
     return dict(male=male, a=max((b['age']-63)/10, -2.2), s=(b['sbp']-138)/19, f=(b['hr']-59.5)/10, fat=b['bmi']-26.6, e=.6*act + .8*z[1],
                 lb=np.log(b['bsa']/(1.99 if male else 1.71)))
 
-# %% ../../nbs/04a_virtual.body.ipynb #d8a006e6
+# %% ../../nbs/04a_virtual.body.ipynb #df099e03
 def chambers(male:bool, a:float, s:float, f:float, fat:float, e:float, lb:float, z:np.ndarray) -> dict: # z: 10 normal numbers
     "Volumes (mL), mass (g) and ejection fractions (%) of a healthy person."
     pick = lambda m,w: m if male else w
     lvedv = pick(162.5,121.5)*np.exp(.85*lb - .055*a + .012*s - .04*f + .147*e)
-    lvef = pick(58.8,61.3) + 5.0*(.98*z[0] - .16*e) + .3*a
+    lvef = pick(58.9,61.4) + 4.75*(.98*z[0] - .16*e) + .3*a
     lvm = pick(101.5,69.5)*np.exp(.85*lb + .035*s + .006*fat - .015*a*male + .085*e + .115*z[1])
     own = np.log(lvedv/pick(165,123))
     rvedv = pick(177,128.5)*np.exp(.86*own + .092*z[2] - .012*a)
-    rvsv = lvedv*lvef/100*np.exp(.62*np.log(rvedv/lvedv/pick(1.08,1.045)) - .2*np.log(lvef/pick(58.8,61.3)) + .045*z[3])
+    rvsv = lvedv*lvef/100*np.exp(.62*np.log(rvedv/lvedv/pick(1.08,1.045)) - .2*np.log(lvef/pick(58.9,61.4)) + .045*z[3])
     la = pick(67,59.5)*np.exp(.7*lb + .02*a + .025*s + .006*fat + .12*e + .25*z[4])
     ra = pick(88,66)*np.exp(.7*lb + .12*e - .04*f + .235*z[5])
     return dict(lvedv=lvedv, lvef=lvef, lvm=lvm, rvedv=rvedv, rvef=100*rvsv/rvedv, la_max=la, la_ef=60.5 - 1.5*a + 7.3*z[6] - 12*np.log(la/64),
                 ra_max=ra, ra_ef=pick(43,46) - .8*a + 8*z[7] - 5*np.log(ra/77), rv_wall=3.5*np.exp(.12*z[8]), pr_ms=166 + 3*a + 23*z[9])
 
-# %% ../../nbs/04a_virtual.body.ipynb #c1eb1dd4
+# %% ../../nbs/04a_virtual.body.ipynb #2718867e
 def movement(h:dict, male:bool, a:float, z:np.ndarray) -> dict: # z: 7 normal numbers
     "How a healthy heart moves: shares, %, mm and degrees."
     return dict(ell=-16.2 + .3*male - .14*(h['lvef']-59.5) + 1.85*z[0], tapse=22 + .2*(h['rvef']-56) + 2.8*z[1], early=.62 - .06*a + .05*z[2],
                 long=2.4*np.exp(.06*z[3]), tilt=.12 + .06*z[4], gradient=.06*z[5], twist=12 + .5*a + 2.5*z[6])
 
-# %% ../../nbs/04a_virtual.body.ipynb #cace739c
+# %% ../../nbs/04a_virtual.body.ipynb #d47f02b8
 def shell() -> np.ndarray: # `(16, 3)`
     "Middles of AHA segments 1 to 16, in units of the distance of neighbours."
     ring = lambda n, r, z: [(r*np.cos(p), r*np.sin(p), z) for p in 2*np.pi*np.arange(n)/n]
@@ -102,12 +102,12 @@ def field_of(r:float) -> np.ndarray: # `(16, 16)`: times 16 normal numbers it is
 
 THICKNESS, STRENGTH = field_of(.85), field_of(.6)
 
-# %% ../../nbs/04a_virtual.body.ipynb #8450f693
+# %% ../../nbs/04a_virtual.body.ipynb #cb1d0c8e
 def segments(z:np.ndarray) -> dict: # z: 32 normal numbers
     "Relative thickness (CV 8 %) and contractility (CV 6 %) of the 16 segments."
     return dict(wt=np.array(WT)*np.exp(.08*(THICKNESS @ z[:16])), contract=np.array(CONTRACT)*np.exp(.06*(STRENGTH @ z[16:])))
 
-# %% ../../nbs/04a_virtual.body.ipynb #fa0a33e4
+# %% ../../nbs/04a_virtual.body.ipynb #5f6016db
 def vessels(b:dict, male:bool, a:float, s:float, lb:float, z:np.ndarray) -> dict: # z: 6 normal numbers
     "Areas (mm²), distensibilities (10⁻³/mmHg) of ascending and descending aorta, central pulse pressure (mmHg)."
     pick = lambda m,w: m if male else w
@@ -117,7 +117,7 @@ def vessels(b:dict, male:bool, a:float, s:float, lb:float, z:np.ndarray) -> dict
                 aao_dist=pick(1.60,1.88)*np.exp(stiff + .26*z[4]), dao_dist=pick(2.2,2.48)*np.exp(.75*stiff + .22*z[5]),
                 pp=max((b['sbp']-b['dbp'])*(.86 + .02*a), 15.))
 
-# %% ../../nbs/04a_virtual.body.ipynb #2165e5d1
+# %% ../../nbs/04a_virtual.body.ipynb #47f929a1
 def within(h:dict) -> Heart:
     "A `Heart` with every number held inside its possible range."
     h = h | {k:float(np.clip(h[k], *r)) for k,r in RANGES.items() if k in h}

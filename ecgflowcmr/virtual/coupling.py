@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'LOGS', 'LIMITS', 'REALISTIC', 'STRONG', 'LINKS', 'COUPLINGS', 'QUIET', 'LOUD', 'heart_scores', 'usual',
            'check_coupling', 'features', 'electrics_of']
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #8b41ee62
+# %% ../../nbs/04d_virtual.coupling.ipynb #08cda9c9
 import numpy as np
 
 from ..ecg import DataError
@@ -14,9 +14,9 @@ from .body import body, healthy_heart
 from .ecg import SEX, Electrics
 from .heart import Heart
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #982309b3
-SCORES = dict(lvedv=(4.944,0.223), lvm=(4.432,0.26), lvef=(60.099,5.059), rvedv=(5,0.233), la_max=(4.151,0.301), ra_max=(4.33,0.304), la_ef=(60.514,8.237), rvef=(56.756,5.379),
-              mass=(0.477,0.16), rv=(0.303,0.095), pump=(26.706,3.836), la=(0.937,0.266), ra=(0.622,0.239), ell=(-7.701,1.867), septum=(0.14,0.108), angle=(32.,8.))  # mean, SD
+# %% ../../nbs/04d_virtual.coupling.ipynb #911964c2
+SCORES = dict(lvedv=(4.944,0.223), lvm=(4.432,0.26), lvef=(60.2,4.822), rvedv=(5,0.233), la_max=(4.151,0.301), ra_max=(4.33,0.304), la_ef=(60.514,8.237), rvef=(56.854,5.257),
+              mass=(0.477,0.16), rv=(0.303,0.095), pump=(26.754,3.822), la=(0.937,0.266), ra=(0.622,0.239), ell=(-7.701,1.867), septum=(0.14,0.108), angle=(32.,8.))  # mean, SD
 
 def heart_scores(h:Heart,
                  angle:float, # of the long axis in the chest, degrees
@@ -28,7 +28,7 @@ def heart_scores(h:Heart,
               ell=h.ell + .14*h.lvef, septum=ln(wt[[1,2,7,8]].mean()/wt[[4,5,10,11]].mean()))
     return {k:float(np.clip((v[k]-m)/s, -3, 3)) for k,(m,s) in SCORES.items()}
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #3ffe2b93
+# %% ../../nbs/04d_virtual.coupling.ipynb #e0835384
 def usual(b:dict) -> dict: # feature -> (mean, SD); features in LOGS are logarithms
     "What a person's ECG is expected to be."
     male, a, fat, sex = b['sex']=='male', (b['age']-63)/10, b['bmi']-26.7, SEX[b['sex']]
@@ -39,7 +39,7 @@ def usual(b:dict) -> dict: # feature -> (mean, SD); features in LOGS are logarit
 LOGS = ('qrs_gain', 'rv_force', 'p_gain', 'p_right', 'p_late', 'late_force', 'septal_q', 'rmssd_ms')
 LIMITS = dict(qrs_ms=(64,140), t_ratio=(.15,2.2), p_ms=(58,150), azimuth_deg=(-40,40), axis_deg=(-110,90), qtc_ms=(350,500), rmssd_ms=(5,90), rv_force=(0,2.2), late_force=(0,.8))
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #40e6f23e
+# %% ../../nbs/04d_virtual.coupling.ipynb #0baaca84
 REALISTIC = dict(qrs_ms=dict(lvedv=.28, mass=.20, lvef=-.12), qrs_gain=dict(mass=.22, septum=.08), t_ratio=dict(lvef=.25, ell=-.19, mass=-.12), rv_force=dict(rv=.25, pump=-.20, lvedv=.08),
                  p_ms=dict(la=.36, lvedv=.12, la_ef=-.12), p_gain=dict(ra=.18, lvedv=.05), p_right=dict(ra=.25, rv=.10), p_late=dict(la=.20, la_ef=-.20), axis_deg=dict(angle=-.28, rv=.12, mass=-.12),
                  azimuth_deg=dict(angle=.15, lvedv=.12, septum=-.10), late_force=dict(lvef=-.19, ell=.13, mass=.15), septal_q=dict(septum=.28, mass=.08), qtc_ms=dict(lvef=-.12, ell=.12, mass=.12),
@@ -53,7 +53,7 @@ def check_coupling(coupling:str):
     if coupling not in COUPLINGS:
         raise DataError(f'{coupling!r} is not known', file='virtual cohort', field='coupling', remedy=f'Choose one of {", ".join(COUPLINGS)}.')
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #fa93c296
+# %% ../../nbs/04d_virtual.coupling.ipynb #72d03498
 QUIET = dict(p_gain=.3, azimuth_deg=.4, t_axis_deg=.4, axis_deg=.4, rv_force=.65)   # share of the usual spread left in the strong ECG
 LOUD = dict(rv_force=1.5)
 

@@ -6,14 +6,14 @@
 __all__ = ['CHAMBERS', 'MASS', 'BASE', 'AREA', 'PULSATION', 'PRESSURE', 'ON_SHELL', 'ON_LINES', 'WALL', 'TRACKED', 'GAIN',
            'STAYS', 'volumes_seen', 'aorta_seen', 'neighbours', 'thickness_seen', 'wander', 'track', 'measured']
 
-# %% ../../nbs/04c_virtual.measured.ipynb #e33d0d03
+# %% ../../nbs/04c_virtual.measured.ipynb #cafd9155
 import numpy as np
 
 from ..ecg import DataError
 from .body import shell
 from .phenotypes import NAMES
 
-# %% ../../nbs/04c_virtual.measured.ipynb #1141fb13
+# %% ../../nbs/04c_virtual.measured.ipynb #cc657041
 #             names of the larger and the smaller volume, of stroke volume and ejection fraction; SDs of the errors, their correlation
 CHAMBERS = dict(LV=('LVEDV','LVESV','LVSV','LVEF', .060,.088,.56), RV=('RVEDV','RVESV','RVSV','RVEF', .086,.113,.66),
                 LA=('LA_max_vol','LA_min_vol','LASV','LAEF', .098,.145,.50), RA=('RA_max_vol','RA_min_vol','RASV','RAEF', .116,.150,.55))
@@ -29,7 +29,7 @@ def volumes_seen(x:dict, hr:float, z:np.ndarray) -> dict: # z: 9 normal numbers
         out |= {high:most, low:least, sv:most-least, ef:100*(1-least/most)}
     return out | dict(LVCO=out['LVSV']*hr/1000, LVM=x['LVM']*np.exp(MASS*z[8]))
 
-# %% ../../nbs/04c_virtual.measured.ipynb #2d96ecb0
+# %% ../../nbs/04c_virtual.measured.ipynb #acf7f7cb
 AREA, PULSATION, PRESSURE = .038, dict(AAo=.27, DAo=.17), .14    # SDs of the errors of area, of relative pulsation and of central pulse pressure
 
 def aorta_seen(x:dict, z:np.ndarray) -> dict: # z: 5 normal numbers
@@ -42,7 +42,7 @@ def aorta_seen(x:dict, z:np.ndarray) -> dict: # z: 5 normal numbers
         out |= {high:small*(1+seen), low:small, dist:1000*seen/(pressure*np.exp(PRESSURE*z[4]))}
     return out
 
-# %% ../../nbs/04c_virtual.measured.ipynb #0aa21f42
+# %% ../../nbs/04c_virtual.measured.ipynb #d2d3a157
 def neighbours(p:np.ndarray, r:float=.3) -> np.ndarray: # `(k, k)`: times k normal numbers, a field over k places
     "Errors that are alike in places one unit apart."
     return np.linalg.cholesky(r**((p[:,None]-p[None])**2).sum(-1) + 1e-9*np.eye(len(p)))
@@ -56,7 +56,7 @@ def thickness_seen(x:dict, z:np.ndarray) -> dict: # z: 16 normal numbers
     error = WALL*(ON_SHELL @ z)
     return {f'WT_AHA_{i+1}':x[f'WT_AHA_{i+1}']*np.exp(error[i]) for i in range(16)} | dict(WT_global=x['WT_global']*np.exp(error.mean()))
 
-# %% ../../nbs/04c_virtual.measured.ipynb #d987eb30
+# %% ../../nbs/04c_virtual.measured.ipynb #6fd389f8
 #            gain, its share of the common error, loss of large strains (power, reference %), SD of a segment's error in %, places
 TRACKED = dict(Ecc=(1.00, 1.0, .10, 21.6, 3.6, ON_SHELL), Err=(.825, 1.35, .12, 54.5, 9.2, ON_SHELL), Ell=(1.015, .6, 0., 18.2, 2.55, ON_LINES))
 GAIN, STAYS = .053, .75    # SD of the common gain; share of an error's variance that stays for the beat
@@ -68,7 +68,7 @@ def wander(n:int) -> np.ndarray: # `(n, 6)`: times 6 normal numbers, a smooth cl
     w = w - w[:1]
     return w/np.sqrt((w**2).sum(1)[n//5:n//2].mean())
 
-# %% ../../nbs/04c_virtual.measured.ipynb #abda3054
+# %% ../../nbs/04c_virtual.measured.ipynb #22ef21b8
 def track(name:str,       # Ecc, Err or Ell
           x:np.ndarray,   # exact curves `(n, k+1)`, %, the last one global
           common:float,   # the person's tracking error, a normal number
@@ -84,7 +84,7 @@ def track(name:str,       # Ecc, Err or Ell
     seen = gain*x; seen[:,:-1] += noise; seen[:,-1] += noise.mean(1)
     return pick(seen, axis=0)
 
-# %% ../../nbs/04c_virtual.measured.ipynb #95ac0eae
+# %% ../../nbs/04c_virtual.measured.ipynb #fe6bb9ee
 def measured(exact:dict,   # of `phenotypes`
              curves:dict,  # of `strain_curves`
              hr:float,     # heart rate, 1/min
