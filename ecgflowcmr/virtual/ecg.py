@@ -9,7 +9,7 @@ __all__ = ['VALID', 'INFARCTS', 'DOWER', 'QRS', 'SEPTUM', 'RV', 'LATE', 'P', 'P_
            'faced', 'p_waves', 'qrs_waves', 'disease_t', 't_waves', 'kernels', 'dipole', 'torso', 'respiration',
            'r_series', 'f_waves', 'noise', 'recorder', 'virtual_ecg']
 
-# %% ../../nbs/04_virtual.ecg.ipynb #e2a91cc6
+# %% ../../nbs/04_virtual.ecg.ipynb #8f860ffe
 from dataclasses import dataclass
 from numbers import Real
 import numpy as np
@@ -17,7 +17,7 @@ from scipy import fft
 from scipy.ndimage import gaussian_filter1d
 from ..ecg import DataError
 
-# %% ../../nbs/04_virtual.ecg.ipynb #80cf7154
+# %% ../../nbs/04_virtual.ecg.ipynb #ef4a5f7f
 @dataclass
 class Beat:
     "What a heart and its torso do to the ECG; the defaults are a healthy 63-year-old's."
@@ -44,7 +44,7 @@ class Beat:
     baseline_mv:float=.03    # baseline wander, .05-.5 Hz, SD in a limb lead, mV
     mains_uv:float=3.        # 50 Hz mains, SD over limb leads of its amplitude, uV
 
-# %% ../../nbs/04_virtual.ecg.ipynb #1573b114
+# %% ../../nbs/04_virtual.ecg.ipynb #7faafaa9
 @dataclass
 class Electrics(Beat):
     "A heartbeat (`Beat`) with disease, written down by a recorder; healthy by default."
@@ -68,7 +68,7 @@ class Electrics(Beat):
     lowpass_hz:float=150.    # recorder's low-pass (-3 dB), Hz
     lsb_uv:float=5.          # recorder's step, uV
 
-# %% ../../nbs/04_virtual.ecg.ipynb #5213c250
+# %% ../../nbs/04_virtual.ecg.ipynb #083f3c9f
 VALID = dict(hr=(25,220), rmssd_ms=(0,300), lf_hf=(0,10), resp_hz=(.08,.6), resp_rad=(0,3), pr_ms=(60,500), p_ms=(40,200), qrs_ms=(50,220), qtc_ms=(280,650), qrs_gain=(0,5), axis_deg=(-180,180),
              azimuth_deg=(-180,180), t_ratio=(-8,8), p_gain=(0,5), p_late=(0,6), rv_force=(0,3), late_force=(0,2), torso=(0,.5), electrode_shift=(-2,2), noise_uv=(0,200), baseline_mv=(0,1), mains_uv=(0,200),
              af=(0,1), lbbb=(0,1), rbbb=(0,1), infarct_size=(0,1), infarct_t=(0,1), st_mv=(-.5,.5), strain=(0,1), apical_t=(0,1), rv_strain=(0,1), pericarditis=(0,1), limb_gain=(.1,3), septal_q=(0,6),
@@ -79,7 +79,7 @@ def qrs_qt(e:Electrics, rr): # ms; RR in s
     "QRS duration and QT with bundle branch block."
     return e.qrs_ms*(1 + .67*e.lbbb + .47*e.rbbb), e.qtc_ms*np.cbrt(rr) + 40*e.lbbb + 20*e.rbbb
 
-# %% ../../nbs/04_virtual.ecg.ipynb #ba5c0e98
+# %% ../../nbs/04_virtual.ecg.ipynb #9d49f566
 def check_electrics(e:Electrics) -> Electrics:
     "`e` itself if its heart can beat; otherwise a `DataError` that names the field and its valid range."
     def bound(name, lo, hi, why=''):
@@ -101,7 +101,7 @@ def check_electrics(e:Electrics) -> Electrics:
         bound('pr_ms', np.ceil(e.p_ms), room, f' for a P of {e.p_ms:g} ms{at}')
     return e
 
-# %% ../../nbs/04_virtual.ecg.ipynb #3866a7ca
+# %% ../../nbs/04_virtual.ecg.ipynb #408145b4
 DOWER = np.array([[ .632, -.235,   .059], [ .235, 1.066,  -.132],                              # I, II
                   [-.515,  .157,  -.917], [ .044,  .164, -1.387], [ .882, .098, -1.277],       # V1-V3
                   [1.213,  .127,  -.601], [1.125,  .127,  -.086], [ .831, .076,   .230]])      # V4-V6
@@ -116,7 +116,7 @@ def printed_axis(v): # dipoles, or their time integrals `(k, 3)`
     x = twelve_leads(DOWER @ np.atleast_2d(v).T)
     return np.degrees(np.arctan2(x[5]*2/3**.5, x[0]))
 
-# %% ../../nbs/04_virtual.ecg.ipynb #c6b72ea5
+# %% ../../nbs/04_virtual.ecg.ipynb #ce00c321
 #               at     sd   x left  y foot  z back     QRS: ms from the R peak, for a QRS of 90 ms that begins 40 ms before it
 QRS = np.array([[-29.9, 7.4, -.045, -.055, -.146],     # septum: rightward, to the front
                 [-15.3, 6.7,  .093,  .188, -.205],
@@ -136,7 +136,7 @@ T = np.array([[.50, .13, .130, .035, .012, -.040],     # ST segment; parts of QT
               [.85, .14, .075, .285, .124, -.176]])    # T: falls faster than it rises, and ends with QT
 Q_ONSET = -40/90                                       # onset of QRS from the R peak, parts of its duration
 
-# %% ../../nbs/04_virtual.ecg.ipynb #5f32d735
+# %% ../../nbs/04_virtual.ecg.ipynb #af7fb758
 LBBB = np.array([[-29.4,  9.1,  .094,  .063, -.114],   # no septal force to the right: no q in I, V6
                  [ -7.6, 11.8,  .534,  .313,  .492],
                  [ 18.1, 13.3,  .463, -.027,  .958],   # first summit of R in I, V6
@@ -152,7 +152,7 @@ RBBB = np.array([[-29.9,  7.4, -.036, -.056, -.136],
 RBBB_END = np.array([[47.7, 10.9, -.242, .068, -.331], # the right ventricle alone: R' in V1, slurred S in I, V6
                      [67.0, 12.5, -.246, .157, -.314]])
 
-# %% ../../nbs/04_virtual.ecg.ipynb #05a587a9
+# %% ../../nbs/04_virtual.ecg.ipynb #37a014b7
 #                     ST:  x      y      z       T:  x     y      z
 T_OF = dict(lbbb=    [[-.080,  .000, -.130], [-.300, -.050, -.380]],  # against the QRS: up in V1-V3, inverted in I, V5, V6
             rbbb=    [[ .030,  .010,  .030], [ .270,  .120, -.040]],  # inverted in V1
@@ -161,7 +161,7 @@ T_OF = dict(lbbb=    [[-.080,  .000, -.130], [-.300, -.050, -.380]],  # against 
             rv_strain=[[ .010, -.050, .090], [ .020, -.230,  .320]])  # inverted in V1-V4, II, III, aVF
 T_OF = {name: np.array(v) for name,v in T_OF.items()}
 
-# %% ../../nbs/04_virtual.ecg.ipynb #938d9103
+# %% ../../nbs/04_virtual.ecg.ipynb #d2141733
 #                            x     y     z      where the wall lies; without a territory the lateral wall below the endocardium
 WALL = {n: np.array(v) for n,v in {'LAD': [.55, .08, -.84], 'septal': [-.10, .00, -1.], 'RCA': [.05, 1.0, .05], 'LCx': [.75, -.25, .60], '': [.85, .30, -.25]}.items()}
 SCAR = {n: np.array(v) for n,v in {                    # at, sd (ms), part of the wall's force that is lost (mV); after 0 ms only where the late forces are missed
@@ -174,7 +174,7 @@ SCAR = {n: np.array(v) for n,v in {                    # at, sd (ms), part of th
 SCAR_T = {n: np.array(v) for n,v in {'LAD': [.27, .04, -.42], 'septal': [-.04, .00, -.40], 'RCA': [.02, .36, .02], 'LCx': [.42, -.12, .15], '': [.42, .14, -.12]}.items()}
 PERICARD = np.array([.75, .28, -.25])                  # where the injured surface points: all leads but aVR and V1
 
-# %% ../../nbs/04_virtual.ecg.ipynb #bc01aa96
+# %% ../../nbs/04_virtual.ecg.ipynb #4ce1e4d2
 def turn(v, i, j, angle):
     "Rotate vectors `v` `(..., 3)` by `angle` (rad) from axis `i` towards axis `j`."
     c,s = np.cos(angle),np.sin(angle)
@@ -182,7 +182,7 @@ def turn(v, i, j, angle):
     out[...,i],out[...,j] = c*v[...,i] - s*v[...,j], s*v[...,i] + c*v[...,j]
     return out
 
-# %% ../../nbs/04_virtual.ecg.ipynb #e4cd2e3c
+# %% ../../nbs/04_virtual.ecg.ipynb #e81f486d
 DIPOLE_DEG = np.arange(-400., 401.)
 AXIS_DEG = np.unwrap(printed_axis(turn(np.tile(QRS[:,1] @ QRS[:,2:], (801,1)), 0, 1, np.radians(DIPOLE_DEG))), period=360)
 AXIS_DEG = AXIS_DEG - AXIS_DEG[400]
@@ -195,7 +195,7 @@ def faced(e:Electrics, a, more=0): # forces `(k, 3)`; degrees
     "Forces turned as the heart lies, by `more` than `axis_deg` in the frontal plane."
     return turn(turn(a, 0, 1, frontal(e.axis_deg + more)), 0, 2, np.radians(e.azimuth_deg))
 
-# %% ../../nbs/04_virtual.ecg.ipynb #1ace5b26
+# %% ../../nbs/04_virtual.ecg.ipynb #d33a1c60
 def p_waves(e:Electrics, on): # onset of QRS, ms from R
     "P of two atria, and the PR segment of pericarditis."
     at, sd = P[:,0] + e.p_notch*np.array([-.07,.10]), P[:,1]*(1 - .3*e.p_notch)
@@ -205,7 +205,7 @@ def p_waves(e:Electrics, on): # onset of QRS, ms from R
     return [(on - e.pr_ms + e.p_ms*at, e.p_ms*sd, e.p_ms*sd, (1-e.af)*e.p_gain*a),
             (on - .45*seg, .35*seg, .2*seg, -(1-e.af)*.14*e.pericarditis*PERICARD[None])]
 
-# %% ../../nbs/04_virtual.ecg.ipynb #4ba2f8a6
+# %% ../../nbs/04_virtual.ecg.ipynb #9388a269
 def qrs_waves(e:Electrics):
     "QRS: conduction, scar, septum, right ventricle, late forces."
     s, L, R = e.qrs_ms/90, e.lbbb, e.rbbb
@@ -216,7 +216,7 @@ def qrs_waves(e:Electrics):
             (scar[:,:2], e.qrs_gain*lost), (RV[:,:2], e.rv_force*RV[:,2:]), (LATE[:,:2], e.late_force*LATE[:,2:])]
     return [(s*t[:,0], s*t[:,1], s*t[:,1], a) for t,a in rows]
 
-# %% ../../nbs/04_virtual.ecg.ipynb #38ba6ec6
+# %% ../../nbs/04_virtual.ecg.ipynb #5508228e
 def disease_t(e:Electrics, name):
     "ST and T of `T_OF`: the left ventricle's turn as the heart lies, those of a block grow with the QRS."
     a = T_OF[name]*(e.qrs_gain if name in ('lbbb','rbbb') else 1)
@@ -231,7 +231,7 @@ def t_waves(e:Electrics, on, qt, qrs): # onset of QRS, QT `(b, 1)`, QRS, ms
     j = (.86*wall + .65*all_round)[None]                        # level ST; in pericarditis it rises from J
     return [(on + qt*T[:,0], qt*T[:,1], qt*T[:,2], a), (on + qrs + 6., 8., .13*qt, j)]
 
-# %% ../../nbs/04_virtual.ecg.ipynb #dbcc2bff
+# %% ../../nbs/04_virtual.ecg.ipynb #c161c33e
 def kernels(e:Electrics,
             rr,            # RR before each beat, s `(b,)`
            ):              # times, SDs before and after them (s) `(b, k)`, amplitudes (mV) `(k, 3)`
@@ -242,7 +242,7 @@ def kernels(e:Electrics,
     joined = lambda i: np.hstack([np.broadcast_to(w[i], (len(rr), len(w[3]))) for w in waves])/1000
     return joined(0), joined(1), joined(2), np.vstack([w[3] for w in waves])
 
-# %% ../../nbs/04_virtual.ecg.ipynb #e9c1621a
+# %% ../../nbs/04_virtual.ecg.ipynb #b3625486
 def dipole(e:Electrics,
            r,            # times of the R peaks, s `(b,)`
            rr,           # RR before each of them, s `(b,)`
@@ -262,7 +262,7 @@ def dipole(e:Electrics,
         if -k < i < n: v[i+k:i+2*k] += b.T
     return v[k:k+n]
 
-# %% ../../nbs/04_virtual.ecg.ipynb #1c1173a1
+# %% ../../nbs/04_virtual.ecg.ipynb #f38d9c14
 def torso(e:Electrics, rng) -> np.ndarray: # `(8, 3)`
     "Dower's matrix for this torso: precordial electrodes shifted, their gains drawn with SD `e.torso`."
     v = DOWER[2:]
@@ -272,7 +272,7 @@ def torso(e:Electrics, rng) -> np.ndarray: # `(8, 3)`
     v = turn(v, 0, 1, frontal(e.axis_deg)/2)
     return np.vstack([e.limb_gain*DOWER[:2], v])
 
-# %% ../../nbs/04_virtual.ecg.ipynb #7cb69156
+# %% ../../nbs/04_virtual.ecg.ipynb #ea1d65f1
 def respiration(t, hz, phase):
     "Breath at `t` s: -1 to 1, quick in, slow out; `phase` in rad."
     p = 2*np.pi*hz*np.asarray(t) + phase
@@ -298,7 +298,7 @@ def r_series(e:Electrics, seconds, rng):
     keep = r < seconds + 1
     return r[keep], rrs[keep], breath
 
-# %% ../../nbs/04_virtual.ecg.ipynb #52faf06e
+# %% ../../nbs/04_virtual.ecg.ipynb #1aa01e3b
 F_WAVE = np.array([[-.0168, .0010, -.0147],  # mV, for each of five sines
                    [ .0000, .0060, -.0010]])
 
@@ -310,7 +310,7 @@ def f_waves(e:Electrics, n, fs, rng): # mV `(n, 3)`
     w = np.sin(2*np.pi*hz[...,None]*(np.arange(n)/fs) + phase[...,None]).sum(1)
     return np.einsum('wt,wc->tc', w.astype(np.float32), F_WAVE.astype(np.float32))
 
-# %% ../../nbs/04_virtual.ecg.ipynb #7221393c
+# %% ../../nbs/04_virtual.ecg.ipynb #307d5dd5
 #                      RA  LA  LL
 _LIMB = np.array([[-1., 1., 0.], [-1., 0., 1.]] + 6*[[-1/3]*3])
 ELECTRODES = np.hstack([_LIMB, np.eye(8)[:,2:]]) / 2**.5     # I, II, V1-V6 from nine electrodes; SD 1 in I and II
@@ -330,13 +330,13 @@ def noise(e:Electrics, n, fs, rng) -> np.ndarray: # mV `(8, n)`
     x = x + e.mains_uv/1000*rng.standard_normal((9,1)).astype(np.float32) * hum
     return np.einsum('le,et->lt', ELECTRODES.astype(np.float32), x)
 
-# %% ../../nbs/04_virtual.ecg.ipynb #afac9a6c
+# %% ../../nbs/04_virtual.ecg.ipynb #c7c5658e
 def recorder(e:Electrics, x, fs): # mV `(8, n)`
     "`x` after the recorder's low-pass."
     sd = fs*.1325*np.sqrt(e.lowpass_hz**-2. - 150**-2.)
     return gaussian_filter1d(x, sd, axis=1, mode='nearest') if sd > .05 else x
 
-# %% ../../nbs/04_virtual.ecg.ipynb #011d669b
+# %% ../../nbs/04_virtual.ecg.ipynb #08ba05fc
 def virtual_ecg(e:Electrics,
                 rng,             # `np.random.Generator`
                 seconds=10., fs=500, # length, s; rate, Hz
@@ -356,5 +356,5 @@ def virtual_ecg(e:Electrics,
     half_steps = twelve_leads(2*np.rint(recorder(e, x, fs)*(1000/e.lsb_uv)).astype(np.int32))
     return (half_steps*(e.lsb_uv/2000)).astype(np.float32), r[(r >= 0) & (r < n/fs)]
 
-# %% ../../nbs/04_virtual.ecg.ipynb #4987e374
+# %% ../../nbs/04_virtual.ecg.ipynb #0c819800
 SEX = dict(male=dict(qrs_gain=1.12, limb_gain=.94, t_ratio=1.10, p_gain=1.06), female=dict(qrs_gain=.86, limb_gain=1.18, t_ratio=.82, p_gain=.90))

@@ -6,7 +6,7 @@
 __all__ = ['STREAMS', 'PEOPLE', 'MIX', 'streams', 'check_population', 'drawn', 'pair_of', 'who_is', 'Person', 'living',
            'recorder', 'virtual_person', 'VirtualSubject', 'scan_of', 'labels_of', 'covariates_of', 'virtual_subject']
 
-# %% ../../nbs/05_virtual.people.ipynb #29f2ee6b
+# %% ../../nbs/05_virtual.people.ipynb #ed85096d
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from .disease import DISEASES, Illness, afflict_ecg, afflict_heart, draw_disease
 from .measured import measured
 from .coupling import COUPLINGS, check_coupling, electrics_of
 
-# %% ../../nbs/05_virtual.people.ipynb #e9fdd803
+# %% ../../nbs/05_virtual.people.ipynb #5eae23cd
 STREAMS = ('who', 'heart', 'illness', 'electric', 'noise', 'scanner', 'reader')
 
 def streams(i:int, seed:int, stranger:bool=False) -> dict: # name -> numpy Generator
@@ -33,7 +33,7 @@ def streams(i:int, seed:int, stranger:bool=False) -> dict: # name -> numpy Gener
     root = np.random.SeedSequence([int(seed), int(i), int(stranger)])
     return dict(zip(STREAMS, map(np.random.default_rng, root.spawn(len(STREAMS)))))
 
-# %% ../../nbs/05_virtual.people.ipynb #2583cc7d
+# %% ../../nbs/05_virtual.people.ipynb #a6a124b3
 PEOPLE = dict(natural='screening', healthy='screening', cm='screening', cad='screening', hf='screening', subtypes='clinical', hospital='clinical')  # -> severity law
 MIX = dict(cm=dict(DCM=.57, HCM=.32, RCM=.11), cad=dict(CAD=1.), hf=dict(HF=1.), subtypes={'HCM':195/535, 'DCM':160/535, 'RCM':33/535, '':147/535},
            hospital={'HCM':.14, 'DCM':.18, 'RCM':.04, 'CAD':.16, 'HF':.08, 'PH':.05, 'PERI':.04, '':.31})
@@ -49,7 +49,7 @@ def drawn(mix:dict, rng:np.random.Generator) -> str: # one of the names
     "A disease from a mixture; one draw."
     return list(mix)[min(int(np.searchsorted(np.cumsum(list(mix.values())), rng.random(), side='right')), len(mix)-1)]
 
-# %% ../../nbs/05_virtual.people.ipynb #e14a02ed
+# %% ../../nbs/05_virtual.people.ipynb #c9de22ac
 def pair_of(i:int, seed:int, mix:dict) -> tuple: # disease, age, male
     "Case-control sets: what the two persons of a pair share."
     rng = np.random.default_rng(np.random.SeedSequence([int(seed), int(i)//2, 2]))
@@ -68,7 +68,7 @@ def who_is(i:int, seed:int, people:str, disease:str, rng:dict) -> tuple: # body,
     b = body(rng['who'])
     return b, draw_disease(b, rng['illness']) if people=='natural' else ''
 
-# %% ../../nbs/05_virtual.people.ipynb #74891a74
+# %% ../../nbs/05_virtual.people.ipynb #0fa84d8c
 @dataclass
 class Person:
     "A virtual subject before anything is recorded."
@@ -86,7 +86,7 @@ def living(i:int, seed:int, people:str, disease:str, severity:float, rng:dict) -
     angle = 32 + 7.3*rng['heart'].normal() - .7*np.clip(b['bmi']-26.7, -8, 8)
     return b, what, h, float(np.clip(angle, 8, 56))
 
-# %% ../../nbs/05_virtual.people.ipynb #12afcf01
+# %% ../../nbs/05_virtual.people.ipynb #3bdc9e09
 def recorder(e:Electrics, rng:np.random.Generator) -> Electrics: # as the second hospital's machine writes it down
     "Another ECG machine: 40 Hz low-pass, 4.88 uV a step, more noise, electrodes placed a little to the left."
     return replace(e, lowpass_hz=40., lsb_uv=4.88, noise_uv=min(1.6*e.noise_uv, 60.), baseline_mv=min(1.7*e.baseline_mv, .3), mains_uv=8., electrode_shift=float(np.clip(e.electrode_shift + .3, -1, 1)))
@@ -105,7 +105,7 @@ def virtual_person(i:int, seed:int=0, coupling:str='strong', people:str='natural
     if people=='hospital': e = recorder(e, orng['electric'])
     return Person(b | dict(hr=h.hr), what, h, e, angle), rng
 
-# %% ../../nbs/05_virtual.people.ipynb #c3081be3
+# %% ../../nbs/05_virtual.people.ipynb #aa4f02ac
 @dataclass
 class VirtualSubject:
     "An ECG and two cines of one heart, and all that is known of it."
@@ -122,7 +122,7 @@ class VirtualSubject:
     covariates:dict   # age, sex, body size, habits, ...
     diagnoses:list    # ICD-10 codes
 
-# %% ../../nbs/05_virtual.people.ipynb #6c4e37be
+# %% ../../nbs/05_virtual.people.ipynb #5349a3f0
 def scan_of(p:Person, rng:np.random.Generator, hospital:bool=False) -> Scan:
     "A position in the scanner and its settings."
     n, u = rng.normal(size=12), rng.uniform(size=4)
@@ -139,7 +139,7 @@ def covariates_of(p:Person) -> dict:
     "What is known of a person, rounded as in a questionnaire."
     return {k:round(v, 2) if isinstance(v, float) else v for k,v in p.body.items()} | dict(disease=p.illness.disease, severity=round(p.illness.severity, 3))
 
-# %% ../../nbs/05_virtual.people.ipynb #40e02db2
+# %% ../../nbs/05_virtual.people.ipynb #bbfd81cd
 def virtual_subject(i:int,                    # number of the subject, from 0
                     seed:int=0,               # of the cohort
                     coupling:str='strong',    # of heart and ECG: `strong`, `realistic` or `none`

@@ -6,19 +6,19 @@
 __all__ = ['NAMES', 'SEPTAL', 'LATERAL', 'aha', 'by_segment', 'ring_points', 'wall_thickness', 'change', 'short_axis_strain',
            'long_axis_strain', 'strain_curves', 'volumes', 'aorta', 'phenotypes']
 
-# %% ../../nbs/02a_virtual.phenotypes.ipynb #0f1fccad
+# %% ../../nbs/02a_virtual.phenotypes.ipynb #26871400
 import numpy as np
 from numpy import ndarray
 
-from .heart import CUT, PHI, Geometry, height, wall
+from .heart import PHI, Geometry, height, wall
 
-# %% ../../nbs/02a_virtual.phenotypes.ipynb #b94a6114
+# %% ../../nbs/02a_virtual.phenotypes.ipynb #34181c91
 NAMES = ('LVEDV LVESV LVSV LVEF LVCO LVM RVEDV RVESV RVSV RVEF LA_max_vol LA_min_vol LASV LAEF RA_max_vol RA_min_vol RASV RAEF '
          'AAo_max_area AAo_min_area AAo_dist DAo_max_area DAo_min_area DAo_dist').split()
 for k in ('WT','Ecc','Err'): NAMES += [f'{k}_AHA_{i}' for i in range(1,17)] + [f'{k}_global']
 NAMES += [f'Ell_{i}' for i in range(1,7)] + ['Ell_global']
 
-# %% ../../nbs/02a_virtual.phenotypes.ipynb #1fefcb23
+# %% ../../nbs/02a_virtual.phenotypes.ipynb #2a8a41b7
 def aha(phi:ndarray,  # angles, rad; 0 anterior, pi/2 septal
         level:int,    # 0 basal, 1 mid, 2 apical
        ) -> ndarray:  # AHA segment 1..16
@@ -31,7 +31,7 @@ def by_segment(x:ndarray, segment:ndarray, n:int=16) -> ndarray: # `(..., n)`
     member = (segment[:,None] == np.arange(1, n+1)).astype(float)
     return x @ (member/member.sum(0))
 
-# %% ../../nbs/02a_virtual.phenotypes.ipynb #559b943f
+# %% ../../nbs/02a_virtual.phenotypes.ipynb #0c6514b7
 def ring_points(r2:ndarray, n:int=48) -> ndarray: # complex `(..., n)`: towards the septum + i towards the anterior wall, mm
     "Contours from squared radii `(..., 48)`, resampled to `n` angles."
     at = np.arange(n)*len(PHI)/n; j = at.astype(int); f = at - j
@@ -48,7 +48,7 @@ def wall_thickness(g:Geometry) -> tuple: # 16 segment means and the global mean,
     segment = np.stack([aha(PHI, k//4) for k in range(12)])
     return by_segment(d.ravel(), segment.ravel()), d.mean()
 
-# %% ../../nbs/02a_virtual.phenotypes.ipynb #4d46f09e
+# %% ../../nbs/02a_virtual.phenotypes.ipynb #d27f13e4
 def change(length:ndarray) -> ndarray: # %
     "Strain of lengths `(n, ...)` against the first frame."
     return 100*(length/length[:1] - 1)
@@ -64,7 +64,7 @@ def short_axis_strain(g:Geometry) -> tuple: # Ecc, Err `(n, 17)`, %: 16 segments
     flat = [x.reshape(len(x), -1) for x in (ecc, err)]
     return tuple(np.c_[by_segment(x, c), x.mean(1)] for x,c in zip(flat, cut))
 
-# %% ../../nbs/02a_virtual.phenotypes.ipynb #3cd6288f
+# %% ../../nbs/02a_virtual.phenotypes.ipynb #297f25ac
 SEPTAL, LATERAL = 36, 12     # columns of PHI in the four-chamber plane
 
 def long_axis_strain(g:Geometry, n:int=30) -> ndarray: # Ell `(frames, 7)`, %: basal septal, basal lateral, mid septal, ..., and the mean of all pieces
@@ -85,7 +85,7 @@ def strain_curves(g:Geometry) -> dict: # Ecc `(n, 17)`, Err `(n, 17)`, Ell `(n, 
     ecc,err = short_axis_strain(g)
     return dict(Ecc=ecc, Err=err, Ell=long_axis_strain(g))
 
-# %% ../../nbs/02a_virtual.phenotypes.ipynb #89c47b96
+# %% ../../nbs/02a_virtual.phenotypes.ipynb #c7921b7a
 def volumes(g:Geometry) -> dict:
     "Volumes (mL), ejection fractions (%), output (L/min) and mass (g)."
     h, out, es = g.heart, {}, g.curves['lv'].argmin()
@@ -105,7 +105,7 @@ def aorta(h) -> dict:
         out |= {f'{name}_max_area':area, f'{name}_min_area':area/(1 + dist*h.pp/1000), f'{name}_dist':dist}
     return out
 
-# %% ../../nbs/02a_virtual.phenotypes.ipynb #8a925c45
+# %% ../../nbs/02a_virtual.phenotypes.ipynb #4b4dfe4f
 def phenotypes(g:Geometry,
                curves:dict=None, # `strain_curves(g)`, if they are there already
               ) -> dict:         # name -> value in UK Biobank's units, in the order of NAMES

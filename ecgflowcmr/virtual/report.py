@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['GROUPS', 'UNITS', 'TARGETS', 'COLUMNS', 'ML4H', 'EXOME', 'STRAIN', 'PET', 'GK', 'POOLED', 'SEXES', 'PAIRS', 'RINGS',
            'FIFTEEN', 'PRESSURE', 'CATEGORIES', 'EXPLAINED', 'ECG_TOLD', 'BY_SEX', 'ALPHAS', 'ICD', 'HE', 'DCMS',
-           'unit', 'tell', 'row', 'overview', 'compare_moments', 'correlations', 'design', 'demographic_r2', 'moments',
-           'ecg_table', 'columns', 'rank_r', 'predicted', 'information', 'has', 'healthy', 'auc', 'signatures',
-           'disease_rows', 'disc_summation', 'disc_rows', 'moment_rows', 'correlation_rows', 'demographic_rows',
-           'ecg_rows', 'information_rows', 'auc_rows']
+           'unit', 'tell', 'row', 'shown', 'overview', 'compare_moments', 'correlations', 'design', 'demographic_r2',
+           'moments', 'ecg_table', 'columns', 'rank_r', 'predicted', 'information', 'has', 'healthy', 'auc',
+           'signatures', 'disease_rows', 'disc_summation', 'disc_rows', 'moment_rows', 'correlation_rows',
+           'demographic_rows', 'ecg_rows', 'information_rows', 'auc_rows']
 
-# %% ../../nbs/05a_virtual.report.ipynb #d99b4206
+# %% ../../nbs/05a_virtual.report.ipynb #ced3f0da
+import re
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
@@ -21,7 +22,7 @@ from .phenotypes import NAMES
 from .scan import Scan
 from .short_axis import short_axis_stack
 
-# %% ../../nbs/05a_virtual.report.ipynb #4aaa442d
+# %% ../../nbs/05a_virtual.report.ipynb #7133c123
 GROUPS = dict(LV=NAMES[:6], RV=NAMES[6:10], LA=NAMES[10:14], RA=NAMES[14:18], aorta=NAMES[18:24], WT=NAMES[24:41], Ecc=NAMES[41:58], Err=NAMES[58:75], Ell=NAMES[75:])
 UNITS = dict(LV='mL', RV='mL', LA='mL', RA='mL', aorta='mm²', WT='mm', Ecc='%', Err='%', Ell='%') | dict.fromkeys(('LVEF','RVEF','LAEF','RAEF'), '%') | dict(LVCO='L/min', LVM='g') | dict.fromkeys(('AAo_dist','DAo_dist'), '10⁻³/mmHg')
 
@@ -29,7 +30,7 @@ def unit(name): # of a phenotype
     "Its unit."
     return UNITS.get(name) or next(UNITS[g] for g,names in GROUPS.items() if name in names)
 
-# %% ../../nbs/05a_virtual.report.ipynb #3970d66d
+# %% ../../nbs/05a_virtual.report.ipynb #2b631d98
 TARGETS = {  # check, target, where the number comes from
     'muscle': ('myocardial volume over 50 frames', 'varies < 0.5 %', 'by construction'),
     'discs': ('volumes by disc summation of rendered masks against exact; wall thickness; Ecc', '< 3 %; < 0.3 mm; < 1.5 points', 'by construction'),
@@ -45,7 +46,7 @@ TARGETS = {  # check, target, where the number comes from
     'cost': ('both views, masks, ECG, labels; memory of a build of 10,000', '2 subjects a second a core; < 2 GB', 'this repository'),
     'determinism': ('subject i of seed s', 'bit-identical for 1 and 4 workers and any batch', 'this repository')}
 
-# %% ../../nbs/05a_virtual.report.ipynb #b0ed8237
+# %% ../../nbs/05a_virtual.report.ipynb #a93763e9
 COLUMNS = ['target', 'check', 'wanted', 'source', 'reached', 'ok']
 
 def tell(x): # a number
@@ -56,16 +57,22 @@ def row(target, check, wanted, source, reached, ok=None) -> dict:
     "One row of the table; `target` is a key of `TARGETS`."
     return dict(zip(COLUMNS, (target, check, wanted, source, reached if isinstance(reached, str) else tell(reached), None if ok is None else bool(ok))))
 
+def shown(t:pd.DataFrame) -> str: # rows of one target that are judged
+    "What was reached: up to three values, up to eight with their names, or how many rows and the missed ones."
+    bad = t[~t['ok'].astype(bool)]
+    if len(t) < 4: return '; '.join(t['reached'])
+    if len(t) < 9: return '; '.join(re.sub(r', n = \d+', '', c) + f' {r}' + ' (missed)'*(not ok) for c,r,ok in zip(t['check'], t['reached'], t['ok']))
+    return f'{len(t) - len(bad)} of {len(t)}' + (f": not {', '.join(bad['check'])}" if len(bad) else '')
+
 def overview(table:pd.DataFrame) -> pd.DataFrame: # check, target, source, reached, ok
-    "A row for each target: the value reached, or how many of its rows, and which were missed."
+    "A row for each target."
     out = []
     for k in (k for k in TARGETS if k in set(table['target'])):
-        t = table[(table['target'] == k) & table['ok'].notna()]; bad = t[~t['ok'].astype(bool)]
-        shown = '; '.join(t['reached']) if len(t) < 4 else f"{len(t) - len(bad)} of {len(t)}" + (f": not {', '.join(bad['check'])}" if len(bad) else '')
-        out.append(dict(zip(('check','target','source'), TARGETS[k])) | dict(reached=shown or 'not judged', ok=None if not len(t) else not len(bad)))
+        t = table[(table['target'] == k) & table['ok'].notna()]
+        out.append(dict(zip(('check','target','source'), TARGETS[k])) | dict(reached=shown(t) or 'not judged', ok=bool(t['ok'].astype(bool).all()) if len(t) else None))
     return pd.DataFrame(out)
 
-# %% ../../nbs/05a_virtual.report.ipynb #b11bdef4
+# %% ../../nbs/05a_virtual.report.ipynb #2a637edb
 ML4H, EXOME, STRAIN, PET, GK = 'ML4H, UK Biobank', 'UK Biobank DCM/HCM exome paper', 'UK Biobank, n = 38,319', 'Petersen 2017', 'general knowledge'
 POOLED = {'LVEDV': (144.2,34.4,ML4H), 'LVESV': (59.6,21.2,ML4H), 'LVSV': (84.9,19.3,ML4H), 'LVEF': (60.2,6.1,EXOME), 'LVM': (89.7,24.8,ML4H), 'RVEDV': (152.4,37.2,ML4H), 'RVEF': (56.4,6.5,ML4H), # sheet 2.1
           'LA_max_vol': (67.9,21.8,ML4H), 'LA_min_vol': (28.8,15.4,ML4H), 'RA_max_vol': (79.2,26.5,ML4H), 'RA_min_vol': (46.3,20.0,ML4H),
@@ -75,7 +82,7 @@ SEXES = {'LVEDV': (166,32,124,21,PET), 'LVESV': (69,16,49,11,GK), 'LVSV': (96,20
          'RA_max_vol': (93,27,69,17,GK), 'RAEF': (43,9,46,9,GK), 'WT_global': (6.3,.8,5.3,.6,GK), 'AAo_max_area': (900,180,760,150,GK), 'AAo_dist': (1.77,1.15,2.10,1.45,'UK Biobank publication 10727'), # mean, SD of women
          'DAo_max_area': (580,100,440,75,GK), 'DAo_dist': (2.4,1.2,2.7,1.3,GK)}
 
-# %% ../../nbs/05a_virtual.report.ipynb #2c7f3f1d
+# %% ../../nbs/05a_virtual.report.ipynb #12f1b7dc
 def compare_moments(measured:pd.DataFrame, # columns of `NAMES`
                     male=None,             # `(n,)` bool; the rows by sex are left out without it
                    ) -> pd.DataFrame:      # who, phenotype, mean, sd, told_mean, told_sd, mean_off, sd_off (parts of what is told), source, ok
@@ -89,7 +96,7 @@ def compare_moments(measured:pd.DataFrame, # columns of `NAMES`
     t = pd.DataFrame(out)
     return t.assign(ok=(t['mean_off'].abs() <= .05) & (t['sd_off'].abs() <= .15))
 
-# %% ../../nbs/05a_virtual.report.ipynb #ac17a4cf
+# %% ../../nbs/05a_virtual.report.ipynb #7f1e0dc2
 PAIRS = {('LVEDV','LVESV'): .865, ('LVEDV','LVSV'): .834, ('LVESV','LVSV'): .444, ('RVEDV','RVESV'): .901, ('RVEDV','RVSV'): .858, ('RVESV','RVSV'): .55,           # sheet 2.4, from published SDs
          ('LVEDV','LVM'): .775, ('LVEDV','RVEDV'): .875, ('LVSV','RVSV'): .875, ('LVESV','LVEF'): -.7, ('LVM','WT_global'): .8, ('LVEF','Ecc_global'): -.6,            # from here: general knowledge
          ('Ecc_global','Err_global'): -.7, ('LVEF','Ell_global'): -.45, ('LA_max_vol','LVEDV'): .45, ('LA_max_vol','LA_min_vol'): .85, ('LAEF','LA_min_vol'): -.75,
@@ -97,7 +104,7 @@ PAIRS = {('LVEDV','LVESV'): .865, ('LVEDV','LVSV'): .834, ('LVESV','LVSV'): .444
          ('WT','neighbour'): .8, ('Ecc','neighbour'): .6, ('Err','neighbour'): .55}
 RINGS = [(i, a + (i-a+1)%n) for a,n in ((1,6),(7,6),(13,4)) for i in range(a, a+n)]  # neighbours in the basal, mid and apical ring
 
-# %% ../../nbs/05a_virtual.report.ipynb #daab85d3
+# %% ../../nbs/05a_virtual.report.ipynb #6d2d8bc2
 def correlations(measured:pd.DataFrame,        # columns of `NAMES`
                  covariates:pd.DataFrame=None, # with `age`
                 ) -> pd.DataFrame:             # a, b, r, told, off, source, ok
@@ -112,7 +119,7 @@ def correlations(measured:pd.DataFrame,        # columns of `NAMES`
         out.append(dict(a=a, b=b, r=r, told=told, off=r - told, source='from published SDs' if len(out) < 6 else GK, ok=bool(r*told > 0 and abs(r - told) <= .12)))
     return pd.DataFrame(out)
 
-# %% ../../nbs/05a_virtual.report.ipynb #39e44205
+# %% ../../nbs/05a_virtual.report.ipynb #bd3f1b06
 FIFTEEN = 'age sex height weight bmi hr alcohol smoking moderate_days walk_days sleep_h insomnia tense vegetables pork'.split()  # sheet 3
 PRESSURE = ['sbp', 'dbp']
 CATEGORIES = ['sex', 'smoking', 'insomnia', 'tense']   # codes without an order
@@ -127,7 +134,7 @@ def design(covariates:pd.DataFrame, # a row a person
     hot = pd.get_dummies(t[cats].astype(object).where(t[cats].notna(), 'unknown').astype(str), drop_first=True) if cats else pd.DataFrame(index=t.index)
     return np.hstack([x.fillna(x.median()).to_numpy(float), hot.to_numpy(float)])
 
-# %% ../../nbs/05a_virtual.report.ipynb #9376e5d0
+# %% ../../nbs/05a_virtual.report.ipynb #d0de7ebf
 EXPLAINED = dict(LVEDV=.522, LVM=.655, LVSV=.412, LVESV=.416, LVEF=.067)  # R², PLoS ONE 2017, n = 4,651 of UK Biobank
 
 def demographic_r2(measured:pd.DataFrame, covariates:pd.DataFrame) -> pd.DataFrame: # phenotype, r2, told, off, ok
@@ -142,7 +149,7 @@ def demographic_r2(measured:pd.DataFrame, covariates:pd.DataFrame) -> pd.DataFra
         out.append(dict(phenotype=k, r2=r2, told=told, off=r2 - told, ok=bool(abs(r2 - told) <= .05)))
     return pd.DataFrame(out)
 
-# %% ../../nbs/05a_virtual.report.ipynb #14d61bee
+# %% ../../nbs/05a_virtual.report.ipynb #11a2c968
 ECG_TOLD = dict(HR=(59.3,10.6), P_ms=(96,19), PR=(166,26), QRS=(89.5,12.2), QT=(426,32), QTc=(419,21), P_axis=(49,23), QRS_axis=(26,37), T_axis=(41,33))  # sheet 5.3, UK Biobank (ML4H): 1/min, ms, degrees
 BY_SEX = {'QRS': (94,86), 'R_I': (.60,.60), 'R_II': (.65,.70), 'R_aVL': (.40,.35), 'R_V1': (.18,.14), 'R_V2': (.40,.28), 'R_V3': (.75,.55), 'R_V4': (1.35,1.0), 'R_V5': (1.40,1.10), 'R_V6': (1.10,.95),  # sheet 5.3, general
           'S_V1': (.85,.70), 'S_V2': (1.25,.90), 'S_V3': (.90,.60), 'S_V4': (.50,.35), 'S_V5': (.20,.20), 'T_II': (.25,.25), 'T_V2': (.50,.28), 'T_V3': (.50,.30), 'T_V4': (.45,.30), 'T_V5': (.38,.28),   # knowledge: mean of
@@ -155,7 +162,7 @@ def moments(x, circular=False) -> tuple: # mean, SD
     m = np.degrees(np.angle(np.exp(1j*np.radians(x)).mean())) if circular else x.mean()
     return float(m), float(np.sqrt(np.mean(((x - m + 180)%360 - 180 if circular else x - m)**2)))
 
-# %% ../../nbs/05a_virtual.report.ipynb #f9335f68
+# %% ../../nbs/05a_virtual.report.ipynb #154617f6
 def ecg_table(features:pd.DataFrame, # of `delineate.measure`
               male=None,             # `(n,)` bool, for the rows by sex
              ) -> pd.DataFrame:      # who, feature, mean, sd, told_mean, told_sd, source, ok
@@ -170,7 +177,7 @@ def ecg_table(features:pd.DataFrame, # of `delineate.measure`
         out.append(dict(who=w, feature=k, mean=mean, sd=sd, told_mean=m, told_sd=s, source=source, ok=bool(abs(off) <= .4*s and (k not in ECG_TOLD or w != 'all' or .7 <= sd/s <= 1.4))))
     return pd.DataFrame(out)
 
-# %% ../../nbs/05a_virtual.report.ipynb #4be1e1ba
+# %% ../../nbs/05a_virtual.report.ipynb #9cac5122
 def columns(features:pd.DataFrame, # may hold NaN
             train,                 # rows to learn scales from
            ) -> np.ndarray:        # `(n, k)` standardised
@@ -189,7 +196,7 @@ def rank_r(a, b): # `(n, k)` each
     a,b = a - a.mean(0), b - b.mean(0)
     return (a*b).sum(0)/np.maximum(np.sqrt((a**2).sum(0)*(b**2).sum(0)), 1e-12)
 
-# %% ../../nbs/05a_virtual.report.ipynb #4bda0c2d
+# %% ../../nbs/05a_virtual.report.ipynb #ad4fd0df
 ALPHAS = np.geomspace(3, 3e4, 13)  # ridge strengths, in units of a standardised feature's variance
 
 def predicted(x, y, train, test): # `(n, k)`, `(n, m)`, rows, rows
@@ -212,7 +219,7 @@ def information(features:pd.DataFrame,        # of the ECG, or None
     group = {k: g for g,names in GROUPS.items() for k in names}
     return pd.DataFrame(dict(phenotype=labels.columns, group=[group.get(k, '') for k in labels], r=rank_r(predicted(x, y, train, test), y[test])))
 
-# %% ../../nbs/05a_virtual.report.ipynb #a86941d9
+# %% ../../nbs/05a_virtual.report.ipynb #3d695fcb
 ICD = dict(CAD=('I20','I21','I22','I23','I24','I25'), HCM=('I42.1','I42.2'), DCM=('I42.0',), RCM=('I42.5','I43.1'), HF=('I50',), PERI=('I30','I31','I32'), PH=('I27',))  # ICD-10; I43.1 is amyloid
 
 def has(diagnoses, # of each person, as in the store: 'I42.0;I50.0', or lists
@@ -234,7 +241,7 @@ def auc(features:pd.DataFrame, case) -> pd.Series: # `case`: `(n,)` bool
     a = pd.Series((x[case].sum(0) - n*(n+1)/2)/(n*m), f.columns)
     return np.maximum(a, 1-a).sort_values(ascending=False)
 
-# %% ../../nbs/05a_virtual.report.ipynb #7602cca2
+# %% ../../nbs/05a_virtual.report.ipynb #f0bda356
 def signatures(table:pd.DataFrame,       # phenotypes or features
                covariates:pd.DataFrame,  # with sex, age, height, weight
                groups:dict,              # name -> `(n,)` bool
@@ -248,7 +255,7 @@ def signatures(table:pd.DataFrame,       # phenotypes or features
     z = (left - left[ref].mean(0))/np.where(sd > 0, sd, np.nan)
     return pd.DataFrame({k: z[np.asarray(g, bool)].mean(0) for k,g in groups.items()}, index=table.select_dtypes('number').columns).T
 
-# %% ../../nbs/05a_virtual.report.ipynb #c6800c99
+# %% ../../nbs/05a_virtual.report.ipynb #65b7de9c
 HE, DCMS = 'PMC11284003, 773 with HCM', 'DCM ECG/CMR cohorts'
 
 def disease_rows(measured:pd.DataFrame, features:pd.DataFrame, diagnoses) -> list: # rows
@@ -262,7 +269,7 @@ def disease_rows(measured:pd.DataFrame, features:pd.DataFrame, diagnoses) -> lis
         out.append(row('diseases', f"{k}, n = {(hcm if k[0] == 'H' else dcm).sum()}", f'{told} ± {tol} {what}', source, f'{tell(got)} {what}', abs(got - told) <= tol))
     return out
 
-# %% ../../nbs/05a_virtual.report.ipynb #993cfb17
+# %% ../../nbs/05a_virtual.report.ipynb #ab037917
 def disc_summation(g:Geometry, scan:Scan, rng:np.random.Generator, slice_mm:float=2.) -> dict: # name -> value
     "Phenotypes as one reads them from the label masks of a short-axis stack."
     labels,at = short_axis_stack(g, scan, rng, spacing_mm=slice_mm, thickness_mm=slice_mm)[1:]
@@ -286,7 +293,7 @@ def disc_rows(read:list,  # of `disc_summation`
     out = [row('discs', k, '< 3 %', 'by construction', f'{v:+.1f} %', abs(v) < 3) for k in ('LVEDV','LVESV','LVM','RVEDV','RVESV') for v in [max((100*(r[k]/e[k] - 1) for r,e in zip(read, exact)), key=abs)]]
     return out + [row('discs', k, f'< {tol} {u}', 'by construction', f'{off(k):+.2f} {u}', abs(off(k)) < tol) for k,tol,u in (('WT_global', .3, 'mm'), ('Ecc_global', 1.5, 'points'))]
 
-# %% ../../nbs/05a_virtual.report.ipynb #c8dcd0c1
+# %% ../../nbs/05a_virtual.report.ipynb #722fe3e1
 def moment_rows(t:pd.DataFrame) -> list: # of `compare_moments`
     "Rows of the pooled distributions."
     return [row('moments', r['phenotype'], f"{tell(r['told_mean'])} ± {tell(r['told_sd'])} {unit(r['phenotype'])}", r['source'],
@@ -310,8 +317,8 @@ def ecg_rows(t:pd.DataFrame,         # of `ecg_table`
     return rows + [row('ecg', 'SL > 3.5 mV', '2-5 %', 'derived; 4.4 % of HCM controls', f'{share:.1f} %', 2 <= share <= 5),
                    row('sl', 'r(SL, LVM)', '.20-.30', '.28, LVM index of young men', f'{r:.2f}', .195 <= r < .305)]
 
-# %% ../../nbs/05a_virtual.report.ipynb #7ae6a01a
-def information_rows(features, measured, split, covariates, coupling='realistic', shuffles=10) -> list: # rows
+# %% ../../nbs/05a_virtual.report.ipynb #1b4e4d7b
+def information_rows(features, measured, split, covariates, coupling='realistic', shuffles=20) -> list: # rows
     "Rows of how much the ECG knows; judged at the realistic coupling, where targets are given."
     judged,target = coupling == 'realistic', 'information'
     r = lambda *a, **k: information(*a, **k)['r'].mean()
@@ -320,7 +327,7 @@ def information_rows(features, measured, split, covariates, coupling='realistic'
     return [row(target, f'ECG and demographics, {coupling}', '.33-.42' if judged else '', 'derived from CardiacNets .351', f'{both:.3f}', .325 <= both <= .425 if judged else None),
             row(target, f'ECG alone, {coupling}', '.25-.35' if judged else '', 'derived', f'{alone:.3f}', .245 <= alone <= .355 if judged else None),
             row(target, f'demographics alone, {coupling}', '', 'about .33, derived', f'{r(None, measured, split, covariates):.3f}'),
-            row(target, f'shuffled labels, {coupling}', '0 ± .03', 'chance', f'{none.mean():+.3f} ({shuffles} shuffles, SD {none.std():.3f})', abs(none.mean()) <= .03)]
+            row(target, f'shuffled labels, {coupling}', '0 ± .03', 'chance', f'{none.mean():+.3f} ({shuffles} shuffles, SD {none.std():.3f})', abs(none.mean()) <= .03 if judged else None)]
 
 def auc_rows(cases:dict,           # disease -> features of people who have it
              well:pd.DataFrame,    # features of people who have none

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'PIXEL_MM', 'BACKGROUND', 'LV', 'MYO', 'RV', 'LA', 'RA', 'AORTA', 'POWER', 'NARROW', 'GRAIN', 'Scan',
-           'pixel_grid', 'cover', 'paint', 'field', 'ellipse', 'spread_matrix', 'shutter_matrix', 'through', 'shading',
-           'acquire', 'heart_grid', 'image_place', 'side_table', 'lookup', 'ring_cover', 'ventricles',
-           'atrium_distance', 'atria', 'warped', 'vessels', 'wall_of_chest', 'chest', 'lv_texture', 'rv_texture',
-           'sample', 'eddies', 'flow', 'around_heart', 'leaflets', 'heart_pixels', 'paint_heart', 'label', 'add_aorta',
-           'four_chamber']
+           'random_scan', 'pixel_grid', 'cover', 'paint', 'field', 'swirl', 'ellipse', 'spread_matrix',
+           'shutter_matrix', 'through', 'shading', 'acquire', 'middle', 'heart_grid', 'image_place', 'side_table',
+           'lookup', 'ring_cover', 'slope', 'ventricles', 'atrium_distance', 'atria', 'warped', 'vessels',
+           'wall_of_chest', 'spine', 'chest', 'lv_texture', 'rv_texture', 'sample', 'eddies', 'flow', 'around_heart',
+           'fat_map', 'blood', 'leaflets', 'heart_pixels', 'backdrop', 'paint_heart', 'label', 'add_aorta',
+           'four_chamber', 'six_hearts', 'area_length']
 
-# %% ../../nbs/03_virtual.scan.ipynb #b7bdceb9
+# %% ../../nbs/03_virtual.scan.ipynb #37da0dec
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,38 +19,51 @@ from numpy import ndarray
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_matrix
 
-from .heart import Geometry, rv_profile, rv_reach, RV_END
+from .heart import Geometry, Heart, WT, rv_profile, rv_reach, RV_END
 
-# %% ../../nbs/03_virtual.scan.ipynb #1e4cf63b
+# %% ../../nbs/03_virtual.scan.ipynb #f9f5a16e
 SIZE, PIXEL_MM = 96, 1.83   # the paper's crop: 96 pixels, 176 mm
 BACKGROUND, LV, MYO, RV, LA, RA, AORTA = range(7)   # the house's labels
 
-# %% ../../nbs/03_virtual.scan.ipynb #2cd4d444
+# %% ../../nbs/03_virtual.scan.ipynb #e9a1813e
 @dataclass
 class Scan:
     "How the heart lies in the image and how the scanner sees it."
     angle:float = 32.      # of the long axis in the four-chamber image, degrees to the right of vertical
     shift:tuple = (0.,0.)  # of the heart from the middle of the image, mm right and down
-    bend:float = 3.        # of the long axis in the four-chamber image, mm
+    bend:float = 4.        # of the long axis in the four-chamber image, mm
+    irregular:float = 1.   # unevenness of all outlines, mm
     cut:float = 12.        # the four-chamber plane lies this far towards the inferior septum, degrees
     sax_rotation:float = 25. # of the short-axis image: the septum looks this far up from the left, degrees
     sax_shift:tuple = (0.,0.) # of the heart from the middle of the short-axis image, mm right and down
+    rv_lean:float = .22    # of the right ventricle in the short-axis image, towards the liver, rad
     sax_height:float = .43 # mid slice: share of the way from base to apex
     fat:float = 2.5        # epicardial fat, mm
-    chest:float = 62.      # chest wall above the middle of the image, mm
+    chest:float = 66.      # chest wall: 60 touches the heart, mm more is further off
+    skin:float = 14.       # fat under the skin, mm
     liver:float = 0.       # the liver's dome, mm towards the heart
     trabeculae:float = 1.  # how much of the cavity's rim they fill, about 0 to 1.5
-    myo:float = .32        # signal of muscle, blood = 1
+    myo:float = .335       # signal of muscle, blood = 1
     fat_signal:float = 1.25 # of fat, blood = 1
     shade:tuple = (0.,-.2) # coil shading: log signal 88 mm to the right, and down
-    snr:float = 33.        # of blood
-    blur:float = .5        # point spread, SD in pixels
+    snr:float = 36.        # of blood
+    blur:float = .55       # point spread, SD in pixels
     band:float = .2        # depth of the off-resonance band at the lung, 0..1
     shutter_ms:float = 32. # true temporal resolution
     inflow:tuple = (1.,1.,1.,1.) # signal of the blood in LV, RV, LA, RA
     pixel_mm:float = PIXEL_MM
 
-# %% ../../nbs/03_virtual.scan.ipynb #725a2b8b
+# %% ../../nbs/03_virtual.scan.ipynb #53ef8fc2
+def random_scan(rng:np.random.Generator, **given) -> Scan: # `given` fields stay as they are
+    "A position in the scanner and its settings, as they differ from person to person."
+    n, u = rng.normal(size=24), rng.uniform(size=10)
+    draw = dict(angle=32+8*n[0], shift=(3*n[1],3*n[2]), bend=4+1.5*n[3], cut=12+4*n[4], sax_rotation=25+7*n[5], sax_shift=(2*n[6],2*n[7]), sax_height=.43+.03*u[0],
+                rv_lean=.22+.12*n[8], fat=1.5+2*u[1], chest=66+2.5*n[9], skin=14*np.exp(.3*n[10]), liver=8*n[11], trabeculae=.5+u[2], myo=.335+.012*n[12], fat_signal=1.2+.08*n[13],
+                shade=(.12*n[14],-.2+.1*n[15]), snr=32+8*u[3], blur=.48+.16*u[4], band=.4*u[5]**2, inflow=tuple(1+.04*n[16:20]))
+    as_float = lambda v: tuple(float(x) for x in v) if isinstance(v, tuple) else float(v)
+    return Scan(**{k:as_float(v) for k,v in draw.items()} | given)
+
+# %% ../../nbs/03_virtual.scan.ipynb #947b7e43
 def pixel_grid(size:int=SIZE, pixel_mm:float=PIXEL_MM) -> tuple: # x, y `(size, size)`, mm right and down from the middle
     "Pixel centres in millimetres."
     at = ((np.arange(size)+.5 - size/2)*pixel_mm).astype('f4')
@@ -70,6 +84,13 @@ def field(rng:np.random.Generator, shape:tuple, smooth) -> ndarray: # SD 1
     f = gaussian_filter(rng.standard_normal(shape, dtype='f4'), smooth, mode='wrap', truncate=3)
     return f/f.std()
 
+# %% ../../nbs/03_virtual.scan.ipynb #7cbbcf25
+def swirl(rng:np.random.Generator, size:int, by:float) -> tuple: # two displacements `(size, size)`
+    "A smooth displacement of about `by` mm that leaves every area as it is: the curl of a random field."
+    dy,dx = np.gradient(field(rng, (size,size), 10))
+    k = np.float32(by/np.sqrt((dx*dx+dy*dy).mean()))
+    return k*dy, -k*dx
+
 def ellipse(x:ndarray, y:ndarray, cx, cy, a, b, turn=0.) -> ndarray: # mm
     "Signed distance, to first order, to an ellipse with semi-axes `a` along x and `b` along y, turned by `turn` rad."
     c,s = np.cos(turn), np.sin(turn)
@@ -77,7 +98,7 @@ def ellipse(x:ndarray, y:ndarray, cx, cy, a, b, turn=0.) -> ndarray: # mm
     f = np.sqrt(u*u + v*v) + np.float32(1e-4)
     return (f-1)*f/np.sqrt((u/a)**2 + (v/b)**2 + np.float32(1e-8))
 
-# %% ../../nbs/03_virtual.scan.ipynb #052e98cf
+# %% ../../nbs/03_virtual.scan.ipynb #d587a802
 def spread_matrix(n:int, sd:float) -> ndarray: # `(n, n)`
     "Point spread of a k-space that ends with a taper."
     k = np.fft.fftfreq(64); window = np.exp(-2*(np.pi*sd*k)**2)*(.5 + .5*np.cos(np.pi*np.clip((abs(k)-.38)/.12, 0, 1)))
@@ -91,12 +112,13 @@ def shutter_matrix(n:int, frames:float) -> ndarray: # `(n, n)`
     m = np.exp(-.5*(d/max(.4, frames/2.35))**2)
     return (m/m.sum(1, keepdims=True)).astype('f4')
 
+# %% ../../nbs/03_virtual.scan.ipynb #8c7f58a7
 def through(x:ndarray, rows:ndarray, time:ndarray) -> ndarray: # `(n, h, w)`
     "Point spread in both directions and shutter."
     x = (time @ x.reshape(len(x), -1)).reshape(x.shape)
     return rows @ (x @ rows.T)
 
-# %% ../../nbs/03_virtual.scan.ipynb #cf042c2b
+# %% ../../nbs/03_virtual.scan.ipynb #d72c9db6
 def shading(scan:Scan, size:int, rng:np.random.Generator) -> ndarray: # `(size, size)`
     "Coil sensitivity, and a dark band where the lung bends the field."
     x,y = pixel_grid(size, scan.pixel_mm)
@@ -120,22 +142,27 @@ def acquire(im:ndarray,  # `(n, size, size)`, signed: fat is negative
     im = np.sqrt(im*im + np.roll(noise, (7,29), (0,1))**2)
     return np.clip(im*np.float32(255/np.percentile(im[::10], 99.6)), 0, 255).astype('u1')
 
-# %% ../../nbs/03_virtual.scan.ipynb #1f405f89
-def heart_grid(g:Geometry, scan:Scan, size:int=SIZE) -> tuple: # s, u `(size, size)`, mm
-    "Heart coordinates of the pixels; the heart's middle lies at `scan.shift`."
-    x,y = pixel_grid(size, scan.pixel_mm)
-    x,y,th = x-scan.shift[0], y-scan.shift[1], np.deg2rad(scan.angle)
-    along, side = (g.apex - 2*g.la[0].max())/2, -.36*g.rv_w[0]
-    s,u = x*np.sin(th) - y*np.cos(th) + along, x*np.cos(th) + y*np.sin(th) + side
-    return s.astype('f4'), (u - scan.bend*np.sin(np.pi*np.clip(s/g.apex, -.3, 1))).astype('f4')
+# %% ../../nbs/03_virtual.scan.ipynb #8c2446ad
+def middle(g:Geometry) -> tuple: # s, u, mm
+    "The place of the heart that lies in the middle of the image: the descending aorta behind it is to be seen too."
+    return float(g.apex - 2*g.la[0].max() - 14)/2, -.36*float(g.rv_w[0])
 
+def heart_grid(g:Geometry, scan:Scan, size:int=SIZE, dx=0., dy=0.) -> tuple: # s, u `(size, size)`, mm
+    "Heart coordinates of the pixels, displaced by `dx` and `dy` mm; the heart's middle lies at `scan.shift`."
+    x,y = pixel_grid(size, scan.pixel_mm)
+    x,y,th = x-scan.shift[0]+dx, y-scan.shift[1]+dy, np.deg2rad(scan.angle)
+    along, side = middle(g)
+    s,u = x*np.sin(th) - y*np.cos(th) + along, x*np.cos(th) + y*np.sin(th) + side
+    return s.astype('f4'), (u - scan.bend*np.sin(np.pi*np.clip(s/g.apex, 0, 1))**2).astype('f4')
+
+# %% ../../nbs/03_virtual.scan.ipynb #ec892aa9
 def image_place(g:Geometry, scan:Scan, s:float, u:float) -> tuple: # x, y, mm
     "Where a place of the heart lies in the image."
-    th = np.deg2rad(scan.angle); u = u + scan.bend*np.sin(np.pi*np.clip(s/g.apex, -.3, 1))
-    s,u = s - (g.apex - 2*g.la[0].max())/2, u + .36*g.rv_w[0]
+    th = np.deg2rad(scan.angle); u = u + scan.bend*np.sin(np.pi*np.clip(s/g.apex, 0, 1))**2
+    along, side = middle(g); s,u = s-along, u-side
     return s*np.sin(th) + u*np.cos(th) + scan.shift[0], u*np.sin(th) - s*np.cos(th) + scan.shift[1]
 
-# %% ../../nbs/03_virtual.scan.ipynb #6a4cd635
+# %% ../../nbs/03_virtual.scan.ipynb #2ab6f999
 def side_table(g:Geometry, scan:Scan) -> tuple: # squared radii and slopes `(2 len(s), 4 n)`; height of the mitral plane `(2, n)`
     "The table towards the septum and towards the side wall."
     def at(t, phi):
@@ -145,6 +172,7 @@ def side_table(g:Geometry, scan:Scan) -> tuple: # squared radii and slopes `(2 l
     out = [np.concatenate([r.T for r in (a, b, np.gradient(a, axis=1), np.gradient(b, axis=1))], 1) for a,b in ((at(g.inner,p), at(g.outer,p)) for p in phis)]
     return np.concatenate(out).astype('f4'), np.stack([at(g.mitral,p) for p in phis]).astype('f4')
 
+# %% ../../nbs/03_virtual.scan.ipynb #3505500d
 def lookup(g:Geometry, s:ndarray, u:ndarray) -> tuple: # sparse `(pixels, 2 len(s))`; weight of the septal side `(pixels, 1)`
     "Bilinear weights of the table's rows for every pixel."
     n = len(g.s); at = np.clip(s-g.s[0], 0, n-1.001); k = at.astype('i4'); w = at-k
@@ -152,7 +180,7 @@ def lookup(g:Geometry, s:ndarray, u:ndarray) -> tuple: # sparse `(pixels, 2 len(
     col = np.stack([k, k+1, k+n, k+n+1], 1); val = np.stack([(1-w)*septal, w*septal, (1-w)*(1-septal), w*(1-septal)], 1)
     return csr_matrix((val.ravel().astype('f4'), col.ravel(), np.arange(0, 4*len(s)+1, 4)), shape=(len(s), 2*n)), septal[:,None].astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #0e3802ef
+# %% ../../nbs/03_virtual.scan.ipynb #e65f56a8
 def ring_cover(u:ndarray, r2:ndarray, slope:ndarray, pixel_mm:float, half:float=2.) -> tuple: # share inside; signed distance, mm
     "Share of a pixel of a thick slice inside a contour of squared radius `r2`."
     u2, slope2 = u*u, slope*slope + 1
@@ -160,9 +188,17 @@ def ring_cover(u:ndarray, r2:ndarray, slope:ndarray, pixel_mm:float, half:float=
     far = (u2+half*half-r2)/np.sqrt(4*u2 + 4*half*half + slope2)
     return (cover(d, pixel_mm) + 2*cover(far, pixel_mm))/3, d
 
+# %% ../../nbs/03_virtual.scan.ipynb #a4378d2e
+def slope(g:Geometry, scan:Scan, s:ndarray) -> ndarray: # `(pixels, 1)`
+    "Cosine of the angle between the free wall and the long axis: turns distances across the axis into distances from the wall."
+    x = (g.s-g.tricuspid[0])/(RV_END*g.apex-g.tricuspid[0])
+    reach = np.sqrt(np.maximum(g.outer[0,:,len(g.phi)*3//4], 0)) + rv_profile(x)*g.rv_w[0]
+    return np.interp(s, g.s, 1/np.sqrt(1+np.gradient(gaussian_filter(reach, 3))**2)).astype('f4')[:,None]
+
+# %% ../../nbs/03_virtual.scan.ipynb #7bc50a5c
 def ventricles(g:Geometry, scan:Scan, s:ndarray, u:ndarray) -> dict: # shares and distances `(pixels, n)`
     "Both ventricles in the four-chamber plane."
-    n, mm = len(g.mitral), scan.pixel_mm
+    mm = scan.pixel_mm
     table, plane = side_table(g, scan); m, septal = lookup(g, s, u)
     inner, outer, di, do = np.split(m @ table, 4, axis=1)
     mitral = septal*plane[0] + (1-septal)*plane[1]
@@ -175,14 +211,14 @@ def ventricles(g:Geometry, scan:Scan, s:ndarray, u:ndarray) -> dict: # shares an
     x = (s-tri)/(end-tri)
     width = rv_profile(x).astype('f4')*(g.rv_w*rv_reach(np.pi/2+np.deg2rad(scan.cut))).astype('f4')
     e, close = -u-radius, cover(tri-s, mm)
-    free = np.float32(.85)*(e-width)
+    free = slope(g, scan, s[:,0])*(e-width)
     seam = cover(e, mm)
     rv = np.clip(cover(free, mm) - seam, 0, 1)*close
-    wall = np.clip(cover(free-np.float32(g.heart.rv_wall)*np.minimum(width/6, 1), mm) - seam, 0, 1)*cover(tri-3-s, mm)
+    wall = np.clip(cover(free-np.float32(.85*g.heart.rv_wall)*np.minimum(width/6, 1), mm) - seam, 0, 1)*cover(tri-3-s, mm)
     return dict(lv=lv, myo=myo, rv=rv, rv_wall=np.maximum(wall-rv, 0), d_in=d_in, d_out=d_out, free=free, radius=radius, width=width, mitral=mitral, x=x, e=e)
 
-# %% ../../nbs/03_virtual.scan.ipynb #a9321fba
-POWER, NARROW = 2.6, .91946   # of the superellipse; its width that keeps the ellipse's area
+# %% ../../nbs/03_virtual.scan.ipynb #28fbc571
+POWER, NARROW = 2.3, 0.95237   # of the superellipse; its width that keeps the ellipse's area
 
 def atrium_distance(ds:ndarray, u:ndarray, a:ndarray, b:ndarray, egg:float, lean:float) -> ndarray: # mm
     "Signed distance, to first order, to an atrium's contour; `ds` from its middle towards the valve."
@@ -193,57 +229,72 @@ def atrium_distance(ds:ndarray, u:ndarray, a:ndarray, b:ndarray, egg:float, lean
     f = px*ax + pv*av
     return (f-1)/np.sqrt((px/a)**2 + (pv/b)**2)/np.float32(POWER)*np.float32(1)
 
-def atria(g:Geometry, scan:Scan, s:ndarray, u:ndarray) -> dict:
-    "Left and right atrium: distances `(pixels, n)`, and where they lie."
+def atria(g:Geometry, s:ndarray, u:ndarray, mitral:ndarray) -> dict:
+    "Left and right atrium: distances `(pixels, n)`, and where they lie. The left one hangs on the mitral plane `mitral`, which is not level."
     (la,lb), (ra,rb) = (tuple(x.astype('f4') for x in ax) for ax in (g.la, g.ra))
-    mitral, tri = g.mitral.mean(1).astype('f4'), g.tricuspid.astype('f4')
-    base = np.sqrt(np.maximum(g.outer[0,:,36 if len(g.phi)==48 else 0], 0)).max()
+    tri = g.tricuspid.astype('f4')
+    base = np.sqrt(np.maximum(g.outer[0,:,len(g.phi)*3//4], 0)).max()
     left = np.float32(.12*base)
     right = np.float32(min(-.62*base - .5*g.rv_w.mean(), left - lb.max() - rb.max() - 3))
-    d = [atrium_distance(s[:,None]-(p-a), u[:,None]-c, a, b, k, l) for p,a,b,c,k,l in ((mitral,la,lb,left,-.12,3.), (tri,ra,rb,right,-.1,-4.))]
+    d = [atrium_distance(s[:,None]-(p-a), u[:,None]-c, a, b, k, l) for p,a,b,c,k,l in ((mitral,la,lb,left,-.1,1.), (tri,ra,rb,right,-.08,-1.))]
     return dict(d_la=d[0], d_ra=d[1], left=left, right=right)
 
-# %% ../../nbs/03_virtual.scan.ipynb #6ebf9350
+# %% ../../nbs/03_virtual.scan.ipynb #0d3e83bf
 def warped(rng:np.random.Generator, size:int, pixel_mm:float, by:float=3.) -> tuple: # x, y, mm; three textures
     "Pixel places, smoothly displaced by `by` mm, and three random textures."
     x,y = pixel_grid(size, pixel_mm)
     return x + by*field(rng, (size,size), 9), y + by*field(rng, (size,size), 9), [field(rng, (size,size), k) for k in (.8,1.6,4)]
 
-def vessels(im:ndarray, x:ndarray, y:ndarray, rng:np.random.Generator, hilum:tuple, towards:tuple, number:int, reach:float=60., signal:float=.75) -> ndarray:
+# %% ../../nbs/03_virtual.scan.ipynb #b57f8dc6
+def vessels(im:ndarray, x:ndarray, y:ndarray, rng:np.random.Generator, hilum:tuple, towards:tuple, number:int, reach:float=60., signal:float=.75, spread:float=1.3) -> ndarray:
     "Lung vessels: short strokes that leave the hilum, thinner and fainter as they go."
     for _ in range(number):
-        far = rng.uniform()**1.3; a = rng.uniform(*towards); turn = a + rng.normal()*.5
+        far = rng.uniform()**spread; a = rng.uniform(*towards); turn = a + rng.normal()*.5
         cx,cy = hilum[0] + reach*far*np.cos(a), hilum[1] + reach*far*np.sin(a)
         length, thick = (1.2 + 3.5*rng.random())*(1.4-far), (2.6*(1-far) + .5)*(.5+rng.random())
         paint(im, .9*(1-.5*far)*rng.uniform(.35,1)*cover(ellipse(x, y, cx, cy, max(length,thick), thick, turn), 2.4), signal)
     return im
 
-def wall_of_chest(im:ndarray, depth:ndarray, along:ndarray, scan:Scan, fine:ndarray) -> ndarray:
-    "Pleura, muscle with ribs and subcutaneous fat, by `depth` into the wall (mm)."
-    ribs = np.clip(2.2*np.cos(along/7.5) - 1, 0, 1)*np.clip(1-abs(depth-7)/4.5, 0, 1)
-    for d,value in ((0,-.5*scan.fat_signal), (2.2,.23), (13,-scan.fat_signal)): paint(im, cover(d-depth), value*(1+.06*fine))
-    return paint(im, .8*ribs, -.35)
+# %% ../../nbs/03_virtual.scan.ipynb #9e1f5257
+def wall_of_chest(im:ndarray, depth:ndarray, along:ndarray, scan:Scan, rng:np.random.Generator, textures:tuple) -> ndarray:
+    "Pleural fat, muscle with ribs, the fat under the skin and the air before it, by `depth` into the wall (mm)."
+    fine,mid,soft = textures; muscle = rng.uniform(9,16); layers = np.clip(np.sin(1.1*depth + 2*soft), 0, 1)
+    fat = scan.fat_signal*(1. + .08*soft + .05*mid)*(1 - .4*np.exp(-(mid+.4*soft)**2/.02)*(fine > -.3)) # septa run through it
+    for d,value in ((0,-.3*fat), (1.3+.5*soft,.19+.02*mid+.05*layers), (muscle+.8*soft,-fat), (muscle+scan.skin,.25), (muscle+scan.skin+1.6,.02)): paint(im, cover(d-depth, 2.5), value)
+    rib = np.clip(2*np.cos(along/rng.uniform(6,9)+rng.uniform(0,6)) - 1.1, 0, 1)*np.clip(1.3-abs(depth-.5*muscle)/(.3*muscle), 0, 1)
+    return paint(im, .8*rib, -.3)
 
-# %% ../../nbs/03_virtual.scan.ipynb #4172bc04
+# %% ../../nbs/03_virtual.scan.ipynb #5640dda3
+def spine(im:ndarray, x:ndarray, y:ndarray, ax:float, ay:float, textures:tuple) -> ndarray:
+    "Mediastinum, oesophagus and vertebra beside the aorta at `(ax, ay)`."
+    fine,mid,soft = textures
+    paint(im, cover(ellipse(x, y, ax-12, ay-9, 27, 12), 6), .13 + .03*mid)
+    paint(im, cover(ellipse(x, y, ax-15, ay+3, 30, 15), 5), .15 + .03*mid)
+    body = ellipse(x, y, ax-31, ay+14, 20, 19)
+    paint(im, cover(body, 3), .19 + .04*fine + .03*mid); paint(im, .8*cover(abs(body)-.8), .05)
+    return paint(im, cover(ellipse(x, y, ax-16, ay-12, 6, 3.5, -.3), 2.5), .26 + .06*fine)
+
+# %% ../../nbs/03_virtual.scan.ipynb #04fbda8b
 def chest(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SIZE) -> tuple: # `(size, size)` signal, blood = 1, fat negative; middle of the descending aorta (x, y), mm
     "All that does not move in the four-chamber view."
     mm = scan.pixel_mm
-    x,y,(fine,mid,soft) = warped(rng, size, mm)
-    im = .035 + .008*mid + .015*np.clip(soft, 0, 2)
+    x,y,textures = warped(rng, size, mm); (fine,mid,soft), (x0,y0) = textures, pixel_grid(size, mm)
+    im = .03 + .006*mid + .014*np.clip(soft, 0, 2)
     back = image_place(g, scan, g.mitral[0].mean() - 2*g.la[0][0], 6.)
-    ax,ay = back[0] + 4 + 3*rng.normal(), back[1] + 12 + float(np.sqrt(g.aorta.max()/np.pi))
-    vessels(im, x, y, rng, (back[0]+34, ay-16), (-.9,1.3), 16); vessels(im, x, y, rng, (back[0]-46, ay-20), (1.6,3.9), 14)
-    paint(im, cover(ellipse(x, y, ax-6, ay-12, 24, 13), 4), .14 + .03*mid)                            # mediastinum
-    paint(im, cover(ellipse(x, y, ax-30, ay+12, 21, 19), 3), .17 + .05*fine)                          # vertebra
-    paint(im, cover(abs(ellipse(x, y, ax-30, ay+12, 21, 19))-.8), .05)
-    paint(im, cover(ellipse(x, y, ax-17, ay-13, 6, 4), 2.5), .3)                                      # oesophagus
-    for k in (-1,1): paint(im, cover(ellipse(x, y, ax+k*33-10, ay-13-k*2, 5.5, 4.5, .4), 2.5), .85)    # lower pulmonary veins
-    paint(im, cover(ellipse(x, y, -112, -62-scan.liver*.5, 74+scan.liver, 66, .3), 5+2*abs(scan.liver)), .37 + .02*fine + .02*soft) # liver
-    vessels(im, x, y, rng, (-92,-70), (-1.,1.6), 7, 40, .7)
-    depth = np.hypot(x/1.35+6, y-120) - (120+scan.chest)
-    return wall_of_chest(im, depth, x+.3*y, scan, mid).astype('f4'), (ax,ay)
+    ax,ay = back[0] + 5 + 3*rng.normal(), back[1] + 5 + float(np.sqrt(g.aorta.max()/np.pi)) + abs(2*rng.normal())
+    vessels(im, x, y, rng, (ax+26, ay-8), (-1.1,1.2), 26); vessels(im, x, y, rng, (ax-52, ay-12), (1.8,4.2), 20)
+    spine(im, x, y, ax, ay, textures)
+    for side in (ax-46, ax+27): paint(im, cover(ellipse(x, y, side, ay-10+6*rng.random(), rng.uniform(4,8), rng.uniform(3.5,6), rng.normal()), 2.5), rng.uniform(.6,1.1)) # lower pulmonary veins
+    dome = np.clip((-.5*x - .87*y - 16 + scan.liver)/22, 0, 1)*np.clip((34-x)/30, 0, 1)                # liver: its dome is cut obliquely, so it fades
+    paint(im, dome, .24 + .015*fine + .02*soft); vessels(im, x, y, rng, (-84,-62), (-1.,1.6), 8, 36, .6)
+    tilt = .3 + .15*rng.normal(); apex = image_place(g, scan, g.apex, 0.)
+    x,y = (x+x0)/2, (y+y0)/2; front = x*np.sin(tilt) - y*np.cos(tilt) + .0022*(x*np.cos(tilt) + y*np.sin(tilt) - 10)**2
+    depth = front - (apex[0]*np.sin(tilt) - apex[1]*np.cos(tilt)) - (scan.chest-60) - g.heart.fluid
+    pad = np.clip(1-np.hypot(x-apex[0]-16, y-apex[1]-2)/26, 0, 1)*np.clip(1+depth/14, 0, 1)           # the fat pad beside the apex
+    paint(im, np.clip(3*pad + .35*mid*(pad > 0), 0, 1), -.62*scan.fat_signal)
+    return wall_of_chest(im, depth, x*np.cos(tilt) + y*np.sin(tilt), scan, rng, textures).astype('f4'), (ax,ay)
 
-# %% ../../nbs/03_virtual.scan.ipynb #6aeb561e
+# %% ../../nbs/03_virtual.scan.ipynb #7e65a7cd
 GRAIN = 80    # points of a texture in each direction
 
 def lv_texture(scan:Scan, rng:np.random.Generator) -> ndarray: # `(GRAIN, GRAIN)` share of muscle; along from base to apex, across from the septum (0) to the side wall
@@ -251,31 +302,33 @@ def lv_texture(scan:Scan, rng:np.random.Generator) -> ndarray: # `(GRAIN, GRAIN)
     x,v = np.meshgrid((np.arange(GRAIN)+.5)/GRAIN, (np.arange(GRAIN)+.5)/GRAIN*2-1, indexing='ij')
     n = field(rng, (GRAIN,GRAIN), (5,2))
     rim = np.clip((abs(v)-.86+.28*np.clip(x-.3, 0, 1)*(v>0) + .14*x)/.16, 0, 1.3)
-    t = np.clip(.42*n+.18, 0, 1)*rim*np.where(v>0, 1., .45)*np.clip(4*x-.3, 0, 1)
+    t = np.clip(.6*n+.22, 0, 1)*rim*np.where(v>0, 1., .45)*np.clip(4*x-.3, 0, 1)
     for _ in range(2):
-        cx,cv = rng.uniform(.42,.6), rng.uniform(.42,.7)
-        t += rng.uniform(.15,.7)*np.clip(1.6*(1 - ((x-cx)/.17)**2 - ((v-cv-.5*(x-cx))/.13)**2), 0, 1)*(.75+.25*n)
+        cx,cv, long,wide = rng.uniform(.38,.62), rng.uniform(.4,.75), rng.uniform(.1,.22), rng.uniform(.07,.15)
+        t += rng.uniform(0,.75)*np.clip(1.6*(1 - ((x-cx)/long)**2 - ((v-cv-.5*(x-cx))/wide)**2), 0, 1)*(.7+.4*n)
     return np.clip(scan.trabeculae*t, 0, .9).astype('f4')
 
+# %% ../../nbs/03_virtual.scan.ipynb #b72a0083
 def rv_texture(scan:Scan, rng:np.random.Generator) -> ndarray: # `(GRAIN, GRAIN)` share of muscle; along from base to apex, across from the septum to the free wall
     "Coarse trabeculae of the right ventricle and its moderator band."
     x,v = np.meshgrid((np.arange(GRAIN)+.5)/GRAIN, (np.arange(GRAIN)+.5)/GRAIN, indexing='ij')
     n = field(rng, (GRAIN,GRAIN), (4,3))
-    t = np.clip(.55*n+.1, 0, 1)*(np.clip((v-.72+.5*x)/.25, 0, 1) + .6*np.clip((x-.55)/.3, 0, 1))
-    band = abs(x - .5 - .22*v)/.035
-    return np.clip(scan.trabeculae*(t + rng.uniform(0,.7)*np.clip(1.3-band, 0, 1)), 0, .85).astype('f4')
+    t = np.clip(.7*n+.12, 0, 1)*(np.clip((v-.72+.5*x)/.25, 0, 1) + .6*np.clip((x-.55)/.3, 0, 1))
+    band = abs(x - rng.uniform(.42,.66) - rng.uniform(.1,.35)*v)/rng.uniform(.02,.04)
+    return np.clip(scan.trabeculae*(t + rng.uniform(-.5,.7)*np.clip(1.3-band, 0, 1)), 0, .85).astype('f4')
 
+# %% ../../nbs/03_virtual.scan.ipynb #c46eeebd
 def sample(texture:ndarray, along:ndarray, across:ndarray) -> ndarray:
     "Read a texture at coordinates 0..1."
     k = len(texture)-1
     i = np.clip(along*k, 0, k).astype('i4')*(k+1) + np.clip(across*k, 0, k).astype('i4')
     return texture.ravel().take(i)
 
-# %% ../../nbs/03_virtual.scan.ipynb #192ef76b
-def eddies(rng:np.random.Generator, place:tuple, n:int, amount:float=.07) -> ndarray: # `(pixels, n)`, mean 1
+# %% ../../nbs/03_virtual.scan.ipynb #428ce262
+def eddies(rng:np.random.Generator, place:tuple, n:int, amount:float=.075) -> ndarray: # `(pixels, n)`, mean 1
     "Mottled blood: a smooth random field that drifts over the beat, at image rows and columns `place` (0..1)."
-    coarse, times = 20, 12
-    f = field(rng, (times,coarse,coarse), (1.,.9,.9)).reshape(times, -1) + .5*field(rng, (coarse,coarse), 1.5).ravel()
+    coarse, times = 30, 12
+    f = field(rng, (times,coarse,coarse), (1.,.9,.9)).reshape(times, -1) + .5*field(rng, (coarse,coarse), 1.6).ravel()
     hat = lambda at, k, wrap: np.maximum(0, 1-abs((at[:,None]-np.arange(k)+k/2)%k-k/2) if wrap else 1-abs(at[:,None]-np.arange(k))).astype('f4')
     f = hat(np.arange(n)/n*times, times, True) @ f
     r,c = (np.clip(p*(coarse-1), 0, coarse-1.001) for p in place); i,j = r.astype('i4'), c.astype('i4'); r,c = r-i, c-j
@@ -283,29 +336,51 @@ def eddies(rng:np.random.Generator, place:tuple, n:int, amount:float=.07) -> nda
     m = csr_matrix((val.ravel().astype('f4'), col.ravel(), np.arange(0, 4*len(r)+1, 4)), shape=(len(r), coarse**2))
     return 1 + amount*(m @ np.ascontiguousarray(f.T))
 
+# %% ../../nbs/03_virtual.scan.ipynb #dd18589c
 def flow(g:Geometry) -> tuple: # filling and ejection of the left ventricle over the beat, 0..1 `(n,)`
     "How fast blood crosses the valves."
     dv = np.roll(g.curves['lv'],-1) - np.roll(g.curves['lv'],1)
     return tuple((np.maximum(k*dv, 0)/max(1e-6, (k*dv).max())).astype('f4') for k in (1,-1))
 
-# %% ../../nbs/03_virtual.scan.ipynb #619fd9c7
+# %% ../../nbs/03_virtual.scan.ipynb #e56e77fa
 def around_heart(g:Geometry, scan:Scan, v:dict, a:dict, s:ndarray, u:ndarray) -> tuple: # distance to the ventricles; to the heart with its fat grooves `(pixels, n)`
     "Where fat and fluid lie."
     s,u = s[:,None], u[:,None]
     tri = g.tricuspid.astype('f4')
     right = np.maximum(v['free']-np.float32(g.heart.rv_wall), np.maximum(s-np.float32(RV_END*g.apex), u))
     vent = np.maximum(np.minimum(v['d_out'], right), np.minimum(v['mitral'], tri)-4-s)
-    groove = np.minimum(ellipse(s, u-v['radius'], v['mitral']-3, np.float32(0), np.float32(7.), np.float32(4.5)), ellipse(s, v['e']-v['width'], tri-4, np.float32(0), np.float32(9.), np.float32(5.)))
+    oval = lambda along, across, a, b: (along*along*np.float32(1/a**2) + across*across*np.float32(1/b**2) - 1)*np.float32(b/2)
+    groove = np.minimum(oval(s-v['mitral']+3, u-v['radius'], 7, 4.5), oval(s-tri+4, v['e']-v['width'], 8, 4.5))
     return vent, np.minimum(np.minimum(vent, groove), np.minimum(a['d_la'], a['d_ra'])-1)
 
+def fat_map(g:Geometry, scan:Scan, rng:np.random.Generator, s:ndarray, u:ndarray, place:tuple) -> ndarray: # mm `(pixels, 1)`
+    "Thickness of the fat: streaks and lumps, most at apex and grooves, little on the atria."
+    i,j = ((p*95).astype(int) for p in place)
+    n = field(rng, (96,96), 6)[i,j]; spots = field(rng, (96,96), 1.8)[i,j]
+    more = np.where(u > 0, .55, .3) + np.clip(1-abs(s-g.apex)/22, 0, 1) + .8*np.clip(1-abs(s-4)/14, 0, 1) - .5*(s < -12)
+    return (scan.fat*np.clip(more + .75*n + .25*spots, -.6, 2.6) - .3).astype('f4')[:,None]
+
+# %% ../../nbs/03_virtual.scan.ipynb #1dd2a761
+def blood(g:Geometry, scan:Scan, rng:np.random.Generator, s:ndarray, u:ndarray, place:tuple) -> tuple: # LV, RV, LA, RA: `(pixels, n)`
+    "Signal of the blood: mottled, dimmer in the jets."
+    mottle = eddies(rng, place, len(g.mitral)); fill, eject = flow(g)
+    lv,rv,la,ra = (np.float32(k)*mottle for k in scan.inflow)
+    jet = np.exp(-(u/7)**2)*np.clip(1-abs(s-22)/26, 0, 1); out = np.exp(-((u+9)/6)**2)*np.clip(1-abs(s-14)/16, 0, 1)
+    lv -= np.float32(.2)*jet[:,None].astype('f4')*fill + np.float32(.3)*out[:,None].astype('f4')*eject
+    rv -= np.float32(.1)*np.clip(s/g.apex, 0, 1)[:,None].astype('f4'); ra *= np.float32(1.05) + np.float32(.08)*eject
+    return lv, rv, la, ra
+
+# %% ../../nbs/03_virtual.scan.ipynb #f72bd336
 def leaflets(g:Geometry, v:dict, s:ndarray, u:ndarray) -> ndarray: # share `(pixels, n)`
     "Mitral leaflets: closed over the plane in systole, pointing into the ventricle while it fills."
-    closed = np.clip(g.curves['out']*3, 0, 1).astype('f4'); closed[:np.argmax(g.curves['out'])] = 1
+    n, beat, es = len(g.mitral), 60000/g.heart.hr, int(np.argmax(g.curves['out'])); t = np.arange(n)*beat/n
+    closed = np.clip(np.maximum((t[es]+100-t)/40, (t-beat+25)/25), 0, 1).astype('f4')                  # through isovolumic relaxation
     half = np.sqrt(np.maximum(v['radius']**2*.55, 1)); h = s[:,None] - v['mitral']; w = abs(u[:,None])/half
     shut = cover(abs(h - 1 - 4*np.maximum(1-w*w, 0)) - .3)
     open_ = cover(abs(w - 1 + h/36)*half*.9 - .3)*cover(abs(h-8)-8)
     return (closed*shut + (1-closed)*open_)*cover((w-1)*half)*np.float32(.55)
 
+# %% ../../nbs/03_virtual.scan.ipynb #c2a7f454
 def heart_pixels(g:Geometry, s:ndarray, u:ndarray, scan:Scan) -> ndarray: # bool `(size, size)`
     "Pixels that the heart, its fat or its fluid can reach."
     r = np.sqrt(np.maximum(g.outer.max((0,2)), 0)); reach = 12 + g.heart.fluid + scan.fat
@@ -315,27 +390,37 @@ def heart_pixels(g:Geometry, s:ndarray, u:ndarray, scan:Scan) -> ndarray: # bool
     right = max(g.la[1].max()+8, radius.max()+8)
     return (s > low) & (s < g.apex+8+g.heart.fluid) & np.where(s > -6, (u < radius+reach) & (u > -radius-width-reach), (u < right+6) & (u > -.62*r.max()-.5*g.rv_w.max()-g.ra[1].max()-14))
 
-# %% ../../nbs/03_virtual.scan.ipynb #c6e00593
+# %% ../../nbs/03_virtual.scan.ipynb #0425791f
+def backdrop(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, v:dict, a:dict, s:ndarray, u:ndarray, la:ndarray) -> ndarray:
+    "Pulmonary veins, the walls of the atria and the tissue between them."
+    c, (along,across) = float(a['left']), g.la; top = g.mitral.mean(1)
+    back = float(top[0] - 2*along[0]); wide = float(across[0])
+    level = -np.deg2rad(scan.angle)                                                                    # veins leave to the left and the right of the image
+    d = [ellipse(s, u, back+9-3*k+2*rng.normal(), c+k*(wide+2), rng.uniform(4.5,6.5), rng.uniform(9,13), level+.2*rng.normal()+.15) for k in (-1,1)]
+    if rng.random() < .6: d.append(ellipse(s, u, float(top[0])-8-4*rng.random(), c+wide+3, 4+2*rng.random(), 8+2*rng.random(), .4)) # left atrial appendage
+    d = np.minimum.reduce(d).astype('f4')[:,None]
+    between = cover(np.maximum.reduce(np.broadcast_arrays(a['right']-u[:,None], u[:,None]-a['left'], s[:,None]-np.maximum(v['mitral']+3, np.where(u[:,None] < 0, (g.tricuspid+3).astype('f4'), -99)), (g.tricuspid-1.2*g.ra[0]).astype('f4')-s[:,None])), 2.5)
+    paint(im, np.maximum(between, np.maximum(cover(a['d_ra']-1.8), np.maximum(cover(a['d_la']-1.8), cover(d-1.5)))), np.float32(.33))
+    return paint(im, cover(d), np.float32(.95)*la)
+
+# %% ../../nbs/03_virtual.scan.ipynb #b919bd70
 def paint_heart(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, s:ndarray, u:ndarray, place:tuple) -> tuple: # `im` `(pixels, n)`; shares of the five labels
     "Paint all that moves."
-    mm, n = scan.pixel_mm, len(g.mitral)
-    v = ventricles(g, scan, s, u); a = atria(g, scan, s, u); vent, around = around_heart(g, scan, v, a, s, u)
-    s1,u1 = s[:,None], u[:,None]; tri = g.tricuspid.astype('f4'); fluid = np.float32(g.heart.fluid)
-    lumpy = (scan.fat*np.clip(1 + .7*field(rng, (24,24), 1.6)[(place[0]*23).astype(int), (place[1]*23).astype(int)], .15, 2.6)).astype('f4')[:,None]
-    around = np.minimum(around, vent-fluid)
-    paint(im, cover(around-lumpy-1, mm), np.float32(-scan.fat_signal*.9))
-    paint(im, cover(around-.5, mm), np.float32(.12))                                                  # pericardium
-    if fluid: paint(im, cover(vent-fluid, mm), np.float32(1.45))
-    mottle = eddies(rng, place, n); fill, eject = flow(g)
-    lv,rv,la,ra = (np.float32(k)*mottle for k in scan.inflow)
-    ra *= 1.06; la *= 1.02
-    jet = np.exp(-(u/7)**2)*np.clip(1-abs(s-22)/26, 0, 1); out = np.exp(-((u+9)/6)**2)*np.clip(1-abs(s-14)/16, 0, 1)
-    lv -= np.float32(.22)*jet[:,None].astype('f4')*fill + np.float32(.3)*out[:,None].astype('f4')*eject
-    muscle = np.float32(scan.myo)
+    mm = scan.pixel_mm
+    v = ventricles(g, scan, s, u); a = atria(g, s, u, v['mitral']); vent, around = around_heart(g, scan, v, a, s, u)
+    s1,u1 = s[:,None], u[:,None]; tri = g.tricuspid.astype('f4'); fluid = np.float32(g.heart.fluid); muscle = np.float32(scan.myo)
+    rim = 1 + np.float32(.3)*field(rng, (96,96), 12)[(place[0]*95).astype(int), (place[1]*95).astype(int)][:,None]  # an effusion is uneven
+    paint(im, cover(np.minimum(around, vent-fluid*rim)-fat_map(g, scan, rng, s, u, place), mm), np.float32(-scan.fat_signal*.85))
+    if fluid: paint(im, cover(vent-fluid*rim, mm), np.float32(1.4))
+    paint(im, cover(abs(vent-fluid*rim-.7)-.5, mm), np.float32(.07))                                      # pericardium
+    lv,rv,la,ra = blood(g, scan, rng, s, u, place)
     paint(im, v['rv_wall'], muscle)
-    for d in ('d_ra','d_la'): paint(im, cover(a[d]-1.8, mm), np.float32(.38))
-    share_ra, share_la = cover(a['d_ra'], mm)*cover(s1-tri, mm), cover(a['d_la'], mm)*cover(s1-v['mitral'], mm)
-    for c,half,plane,blood in ((a['left'],13,v['mitral'],la), (a['right'],15,tri,ra)): paint(im, cover(np.maximum(abs(u1-c)-half, abs(s1-plane+4)-5), mm), blood)
+    backdrop(im, g, scan, rng, v, a, s, u, la)
+    share_ra, share_la = cover(a['d_ra'], mm), cover(a['d_la'], mm)
+    over = v['mitral']-s1                                                                             # blood between the valve rings and the narrower ends of the atria
+    paint(im, cover(np.maximum(v['d_in']+1+np.float32(1.3)*np.maximum(over, 0), abs(over-3)-7), mm), la)
+    over = tri-s1; late = np.maximum(over, 0)
+    paint(im, cover(np.maximum(np.maximum(v['free']+1+1.2*late, 1-v['e']+.6*late), abs(over-3)-7), mm), ra)
     paint(im, share_ra, ra); paint(im, share_la, la)
     paint(im, v['rv'], rv - (rv-muscle)*sample(rv_texture(scan, rng), v['x'], v['e']/np.maximum(v['width'], 1)))
     paint(im, v['myo'], muscle)
@@ -344,13 +429,14 @@ def paint_heart(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, s:nd
     paint(im, leaflets(g, v, s, u), np.float32(.4))
     return v['lv'], v['myo'], v['rv'], share_la, share_ra
 
-# %% ../../nbs/03_virtual.scan.ipynb #2e0cacee
+# %% ../../nbs/03_virtual.scan.ipynb #3d5204a7
 def label(*shares) -> ndarray: # uint8
     "Number (from 1) of the tissue that fills most of a pixel, 0 where none fills half."
     out = np.zeros(shares[0].shape, 'u1')
     for k,share in enumerate(shares, 1): out[share >= .5] = k
     return out
 
+# %% ../../nbs/03_virtual.scan.ipynb #c9e06b73
 def add_aorta(im:ndarray, lab:ndarray, g:Geometry, r:ndarray, mm:float):
     "Paint the descending aorta, which widens with the pulse, at distance `r` from its middle into `im` and `lab` `(n, pixels)`."
     radius = np.sqrt(g.aorta/np.pi).astype('f4')[:,None]
@@ -359,10 +445,11 @@ def add_aorta(im:ndarray, lab:ndarray, g:Geometry, r:ndarray, mm:float):
     im[:,j] += cover(d-1.5, mm)*free*(.25-im[:,j]); im[:,j] += cover(d, mm)*free*(.95-im[:,j])
     lab[:,j] = np.where(free & (d < 0), AORTA, lab[:,j])
 
+# %% ../../nbs/03_virtual.scan.ipynb #7c12cb9c
 def four_chamber(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SIZE) -> tuple: # cine, labels: `(n, size, size)` uint8
     "The four-chamber cine of a heart and the label of every pixel."
     n, mm = len(g.mitral), scan.pixel_mm
-    s,u = heart_grid(g, scan, size)
+    s,u = heart_grid(g, scan, size, *swirl(rng, size, scan.irregular))
     still,(ax,ay) = chest(g, scan, rng, size)
     x,y = pixel_grid(size, mm)
     im = np.empty((n,size*size), 'f4'); lab = np.zeros((n,size*size), 'u1'); im[:] = still.ravel()
@@ -372,3 +459,19 @@ def four_chamber(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SIZE) 
     im[:,i] = heart.T; lab[:,i] = label(*shares).T
     add_aorta(im, lab, g, np.hypot(x-ax, y-ay).ravel(), mm)
     return acquire(im.reshape(n,size,size), scan, rng, 60000/g.heart.hr), lab.reshape(n,size,size)
+
+# %% ../../nbs/03_virtual.scan.ipynb #a3fca709
+def six_hearts() -> dict: # name -> Heart
+    "Hearts that the chapters on images are tested with."
+    thick = tuple(w*(1.8 if k in (1,2,7,8) else 1) for k,w in enumerate(WT))
+    return dict(man=Heart(), woman=Heart(lvedv=120, lvef=62, lvm=68, rvedv=125, rvef=59, la_max=60, ra_max=66, hr=66, male=False, tapse=20),
+        dilated=Heart(lvedv=265, lvef=28, lvm=190, rvedv=200, rvef=40, ell=-8, la_max=105, la_ef=35, hr=75, long=1.9, tapse=15),
+        thick=Heart(lvedv=130, lvef=70, lvm=180, rvedv=140, la_max=100, la_ef=48, ell=-12, wt=thick),
+        hypertension=Heart(lvedv=120, lvef=60, lvm=95, rvedv=260, rvef=38, ra_max=150, flatten=.8, rv_wall=6, tapse=14, hr=80), effusion=Heart(fluid=8, hr=80))
+
+def area_length(mask:ndarray, angle:float, pixel_mm:float=PIXEL_MM) -> float: # mL
+    "Volume of an atrium by area and length of its label; its length is the mean of thirteen lines, 6 mm apart in all, along the long axis at `angle` degrees."
+    th = np.deg2rad(angle); along, across = np.array([-np.cos(th),np.sin(th)]), np.array([np.sin(th),np.cos(th)])   # row, column
+    at = np.argwhere(mask).mean(0) + (np.arange(-80, 80, .2)[:,None,None]*along + np.linspace(-3, 3, 13)[:,None]*across)/pixel_mm
+    r,c = np.moveaxis(np.rint(at).astype(int).clip(0, len(mask)-1), -1, 0)
+    return 8*(mask.sum()*pixel_mm**2)**2/(3*np.pi*mask[r,c].sum(0).mean()*.2)/1000
