@@ -6,7 +6,7 @@
 __all__ = ['STREAMS', 'PEOPLE', 'MIX', 'streams', 'check_population', 'drawn', 'pair_of', 'who_is', 'Person', 'living',
            'recorder', 'virtual_person', 'VirtualSubject', 'scan_of', 'labels_of', 'covariates_of', 'virtual_subject']
 
-# %% ../../nbs/05_virtual.people.ipynb #ed85096d
+# %% ../../nbs/05_virtual.people.ipynb #b5478084
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy import ndarray
 from ..ecg import DataError
 from .heart import Heart, geometry
 from .phenotypes import phenotypes, strain_curves
-from .scan import Scan, four_chamber
+from .scan import Scan, four_chamber, random_scan
 from .short_axis import short_axis
 from .ecg import Electrics, virtual_ecg
 from .body import body, healthy_heart
@@ -23,7 +23,7 @@ from .disease import DISEASES, Illness, afflict_ecg, afflict_heart, draw_disease
 from .measured import measured
 from .coupling import COUPLINGS, check_coupling, electrics_of
 
-# %% ../../nbs/05_virtual.people.ipynb #5eae23cd
+# %% ../../nbs/05_virtual.people.ipynb #4a7be205
 STREAMS = ('who', 'heart', 'illness', 'electric', 'noise', 'scanner', 'reader')
 
 def streams(i:int, seed:int, stranger:bool=False) -> dict: # name -> numpy Generator
@@ -33,7 +33,7 @@ def streams(i:int, seed:int, stranger:bool=False) -> dict: # name -> numpy Gener
     root = np.random.SeedSequence([int(seed), int(i), int(stranger)])
     return dict(zip(STREAMS, map(np.random.default_rng, root.spawn(len(STREAMS)))))
 
-# %% ../../nbs/05_virtual.people.ipynb #a6a124b3
+# %% ../../nbs/05_virtual.people.ipynb #b6e4f0bf
 PEOPLE = dict(natural='screening', healthy='screening', cm='screening', cad='screening', hf='screening', subtypes='clinical', hospital='clinical')  # -> severity law
 MIX = dict(cm=dict(DCM=.57, HCM=.32, RCM=.11), cad=dict(CAD=1.), hf=dict(HF=1.), subtypes={'HCM':195/535, 'DCM':160/535, 'RCM':33/535, '':147/535},
            hospital={'HCM':.14, 'DCM':.18, 'RCM':.04, 'CAD':.16, 'HF':.08, 'PH':.05, 'PERI':.04, '':.31})
@@ -49,7 +49,7 @@ def drawn(mix:dict, rng:np.random.Generator) -> str: # one of the names
     "A disease from a mixture; one draw."
     return list(mix)[min(int(np.searchsorted(np.cumsum(list(mix.values())), rng.random(), side='right')), len(mix)-1)]
 
-# %% ../../nbs/05_virtual.people.ipynb #c9de22ac
+# %% ../../nbs/05_virtual.people.ipynb #1757af5c
 def pair_of(i:int, seed:int, mix:dict) -> tuple: # disease, age, male
     "Case-control sets: what the two persons of a pair share."
     rng = np.random.default_rng(np.random.SeedSequence([int(seed), int(i)//2, 2]))
@@ -68,7 +68,7 @@ def who_is(i:int, seed:int, people:str, disease:str, rng:dict) -> tuple: # body,
     b = body(rng['who'])
     return b, draw_disease(b, rng['illness']) if people=='natural' else ''
 
-# %% ../../nbs/05_virtual.people.ipynb #0fa84d8c
+# %% ../../nbs/05_virtual.people.ipynb #8d1121c6
 @dataclass
 class Person:
     "A virtual subject before anything is recorded."
@@ -86,7 +86,7 @@ def living(i:int, seed:int, people:str, disease:str, severity:float, rng:dict) -
     angle = 32 + 7.3*rng['heart'].normal() - .7*np.clip(b['bmi']-26.7, -8, 8)
     return b, what, h, float(np.clip(angle, 8, 56))
 
-# %% ../../nbs/05_virtual.people.ipynb #3bdc9e09
+# %% ../../nbs/05_virtual.people.ipynb #1d0ce29f
 def recorder(e:Electrics, rng:np.random.Generator) -> Electrics: # as the second hospital's machine writes it down
     "Another ECG machine: 40 Hz low-pass, 4.88 uV a step, more noise, electrodes placed a little to the left."
     return replace(e, lowpass_hz=40., lsb_uv=4.88, noise_uv=min(1.6*e.noise_uv, 60.), baseline_mv=min(1.7*e.baseline_mv, .3), mains_uv=8., electrode_shift=float(np.clip(e.electrode_shift + .3, -1, 1)))
@@ -105,7 +105,7 @@ def virtual_person(i:int, seed:int=0, coupling:str='strong', people:str='natural
     if people=='hospital': e = recorder(e, orng['electric'])
     return Person(b | dict(hr=h.hr), what, h, e, angle), rng
 
-# %% ../../nbs/05_virtual.people.ipynb #aa4f02ac
+# %% ../../nbs/05_virtual.people.ipynb #70463871
 @dataclass
 class VirtualSubject:
     "An ECG and two cines of one heart, and all that is known of it."
@@ -122,13 +122,12 @@ class VirtualSubject:
     covariates:dict   # age, sex, body size, habits, ...
     diagnoses:list    # ICD-10 codes
 
-# %% ../../nbs/05_virtual.people.ipynb #5349a3f0
+# %% ../../nbs/05_virtual.people.ipynb #7a10b20b
 def scan_of(p:Person, rng:np.random.Generator, hospital:bool=False) -> Scan:
-    "A position in the scanner and its settings."
-    n, u = rng.normal(size=12), rng.uniform(size=4)
-    fat = float(np.clip(2.5 + .18*(p.body['bmi']-26.7) + 2*(u[0]-.5), .8, 7))
-    s = dict(angle=p.angle, shift=(3*n[1], 3*n[2]), fat=fat, chest=float(66 + 3*n[3]), liver=float(8*n[4]), myo=float(.32 + .02*n[5]), shade=(.12*n[6], -.2 + .1*n[7]), snr=float(28 + 12*u[1]), blur=float(.5 + .15*u[2]), inflow=tuple(1 + .04*n[8:12]))
-    return Scan(**s | (dict(myo=s['myo']-.03, snr=.75*s['snr'], shade=(1.8*s['shade'][0], 1.6*s['shade'][1])) if hospital else {}))
+    "A position in the scanner and its settings; heavy people have more fat around the heart."
+    fat = float(np.clip(2.5 + .18*(p.body['bmi']-26.7) + 1.2*(rng.random()-.5), .8, 7))
+    s = random_scan(rng, angle=p.angle, fat=fat)
+    return replace(s, myo=s.myo-.03, snr=.75*s.snr, shade=(1.8*s.shade[0], 1.6*s.shade[1]), band=min(2*s.band + .1, .8)) if hospital else s
 
 def labels_of(p:Person, g, rng:np.random.Generator) -> tuple: # exact, measured
     "The 82 phenotypes of a person, exact and as measured."
@@ -139,7 +138,7 @@ def covariates_of(p:Person) -> dict:
     "What is known of a person, rounded as in a questionnaire."
     return {k:round(v, 2) if isinstance(v, float) else v for k,v in p.body.items()} | dict(disease=p.illness.disease, severity=round(p.illness.severity, 3))
 
-# %% ../../nbs/05_virtual.people.ipynb #bbfd81cd
+# %% ../../nbs/05_virtual.people.ipynb #555dc68c
 def virtual_subject(i:int,                    # number of the subject, from 0
                     seed:int=0,               # of the cohort
                     coupling:str='strong',    # of heart and ECG: `strong`, `realistic` or `none`
