@@ -5,6 +5,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from threadpoolctl import threadpool_limits
 from ecgflowcmr.cohort import audit, build_virtual_cohort
 from ecgflowcmr.delineate import measure
 from ecgflowcmr.ecg import DataError
@@ -50,6 +51,12 @@ def test_masks(crowd):
             for frame in mask[::7]: assert set(must) <= set(np.unique(frame))
         inside,wall = (s.sa[0][s.sa_mask[0] == k].mean() for k in (1,2))
         assert inside > 1.5*wall, 'bSSFP: blood is bright'
+
+
+def test_same_with_any_number_of_threads():
+    "Products of large matrices differ in their last bits with the number of threads; a subject must not."
+    with threadpool_limits(1): one = virtual_subject(0, coupling='realistic')
+    with threadpool_limits(2): assert same(one, virtual_subject(0, coupling='realistic'))
 
 
 def test_r_peak_is_frame_0(crowd):
