@@ -11,7 +11,7 @@ __all__ = ['SIZE', 'PIXEL_MM', 'BACKGROUND', 'LV', 'MYO', 'RV', 'LA', 'RA', 'AOR
            'fat_map', 'blood', 'leaflets', 'heart_pixels', 'backdrop', 'paint_heart', 'label', 'add_aorta',
            'four_chamber', 'six_hearts', 'area_length']
 
-# %% ../../nbs/03_virtual.scan.ipynb #52129301
+# %% ../../nbs/03_virtual.scan.ipynb #c3e3ef59
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,11 @@ from scipy.sparse import csr_matrix
 
 from .heart import Geometry, Heart, WT, rv_profile, rv_reach, RV_END
 
-# %% ../../nbs/03_virtual.scan.ipynb #8b582b21
+# %% ../../nbs/03_virtual.scan.ipynb #14b6cf20
 SIZE, PIXEL_MM = 96, 1.83   # the paper's crop: 96 pixels, 176 mm
 BACKGROUND, LV, MYO, RV, LA, RA, AORTA = range(7)   # the house's labels
 
-# %% ../../nbs/03_virtual.scan.ipynb #c6bbffd9
+# %% ../../nbs/03_virtual.scan.ipynb #6983daf6
 @dataclass
 class Scan:
     "How the heart lies in the image and how the scanner sees it."
@@ -53,7 +53,7 @@ class Scan:
     inflow:tuple = (1.,1.,1.,1.) # signal of the blood in LV, RV, LA, RA
     pixel_mm:float = PIXEL_MM
 
-# %% ../../nbs/03_virtual.scan.ipynb #ac3a3c53
+# %% ../../nbs/03_virtual.scan.ipynb #552dba8a
 def random_scan(rng:np.random.Generator, **given) -> Scan: # `given` fields stay as they are
     "A position in the scanner and its settings, as they differ from person to person."
     n, u = rng.normal(size=24), rng.uniform(size=10)
@@ -63,7 +63,7 @@ def random_scan(rng:np.random.Generator, **given) -> Scan: # `given` fields stay
     as_float = lambda v: tuple(float(x) for x in v) if isinstance(v, tuple) else float(v)
     return Scan(**{k:as_float(v) for k,v in draw.items()} | given)
 
-# %% ../../nbs/03_virtual.scan.ipynb #fbf36090
+# %% ../../nbs/03_virtual.scan.ipynb #54448879
 def pixel_grid(size:int=SIZE, pixel_mm:float=PIXEL_MM) -> tuple: # x, y `(size, size)`, mm right and down from the middle
     "Pixel centres in millimetres."
     at = ((np.arange(size)+.5 - size/2)*pixel_mm).astype('f4')
@@ -84,7 +84,7 @@ def field(rng:np.random.Generator, shape:tuple, smooth) -> ndarray: # SD 1
     f = gaussian_filter(rng.standard_normal(shape, dtype='f4'), smooth, mode='wrap', truncate=3)
     return f/f.std()
 
-# %% ../../nbs/03_virtual.scan.ipynb #bc33a172
+# %% ../../nbs/03_virtual.scan.ipynb #0ed4363c
 def swirl(rng:np.random.Generator, size:int, by:float) -> tuple: # two displacements `(size, size)`
     "A smooth displacement of about `by` mm that leaves every area as it is: the curl of a random field."
     dy,dx = np.gradient(field(rng, (size,size), 10))
@@ -98,7 +98,7 @@ def ellipse(x:ndarray, y:ndarray, cx, cy, a, b, turn=0.) -> ndarray: # mm
     f = np.sqrt(u*u + v*v) + np.float32(1e-4)
     return (f-1)*f/np.sqrt((u/a)**2 + (v/b)**2 + np.float32(1e-8))
 
-# %% ../../nbs/03_virtual.scan.ipynb #4716086e
+# %% ../../nbs/03_virtual.scan.ipynb #a1233233
 def spread_matrix(n:int, sd:float) -> ndarray: # `(n, n)`
     "Point spread of a k-space that ends with a taper."
     k = np.fft.fftfreq(64); window = np.exp(-2*(np.pi*sd*k)**2)*(.5 + .5*np.cos(np.pi*np.clip((abs(k)-.38)/.12, 0, 1)))
@@ -112,13 +112,13 @@ def shutter_matrix(n:int, frames:float) -> ndarray: # `(n, n)`
     m = np.exp(-.5*(d/max(.4, frames/2.35))**2)
     return (m/m.sum(1, keepdims=True)).astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #50df1c39
+# %% ../../nbs/03_virtual.scan.ipynb #530ce8d8
 def through(x:ndarray, rows:ndarray, time:ndarray) -> ndarray: # `(n, h, w)`
     "Point spread in both directions and shutter."
     x = (time @ x.reshape(len(x), -1)).reshape(x.shape)
     return rows @ (x @ rows.T)
 
-# %% ../../nbs/03_virtual.scan.ipynb #dafd3782
+# %% ../../nbs/03_virtual.scan.ipynb #18384d78
 def shading(scan:Scan, size:int, rng:np.random.Generator) -> ndarray: # `(size, size)`
     "Coil sensitivity, and a dark band where the lung bends the field."
     x,y = pixel_grid(size, scan.pixel_mm)
@@ -142,7 +142,7 @@ def acquire(im:ndarray,  # `(n, size, size)`, signed: fat is negative
     im = np.sqrt(im*im + np.roll(noise, (7,29), (0,1))**2)
     return np.clip(im*np.float32(255/np.percentile(im[::10], 99.6)), 0, 255).astype('u1')
 
-# %% ../../nbs/03_virtual.scan.ipynb #54d95535
+# %% ../../nbs/03_virtual.scan.ipynb #046ae21b
 def atrial_places(g:Geometry) -> tuple: # u of the middles of the left and the right atrium, mm
     "The atria lie side by side."
     base = float(np.sqrt(max(g.outer[0,:,len(g.phi)*3//4].max(), 0))); left = .12*base
@@ -166,14 +166,14 @@ def heart_grid(g:Geometry, scan:Scan, size:int=SIZE, dx=0., dy=0.) -> tuple: # s
     s,u = x*np.sin(th) - y*np.cos(th) + along, x*np.cos(th) + y*np.sin(th) + side
     return s.astype('f4'), (u - scan.bend*np.sin(np.pi*np.clip(s/g.apex, 0, 1))**2).astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #4b4862db
+# %% ../../nbs/03_virtual.scan.ipynb #563d4c0a
 def image_place(g:Geometry, scan:Scan, s:float, u:float) -> tuple: # x, y, mm
     "Where a place of the heart lies in the image."
     th = np.deg2rad(scan.angle); u = u + scan.bend*np.sin(np.pi*np.clip(s/g.apex, 0, 1))**2
     along, side = middle(g, scan); s,u = s-along, u-side
     return s*np.sin(th) + u*np.cos(th) + scan.shift[0], u*np.sin(th) - s*np.cos(th) + scan.shift[1]
 
-# %% ../../nbs/03_virtual.scan.ipynb #f2c96d42
+# %% ../../nbs/03_virtual.scan.ipynb #f544c865
 def side_table(g:Geometry, scan:Scan) -> tuple: # squared radii and slopes `(2 len(s), 4 n)`; height of the mitral plane `(2, n)`
     "The table towards the septum and towards the side wall."
     def at(t, phi):
@@ -183,7 +183,7 @@ def side_table(g:Geometry, scan:Scan) -> tuple: # squared radii and slopes `(2 l
     out = [np.concatenate([r.T for r in (a, b, np.gradient(a, axis=1), np.gradient(b, axis=1))], 1) for a,b in ((at(g.inner,p), at(g.outer,p)) for p in phis)]
     return np.concatenate(out).astype('f4'), np.stack([at(g.mitral,p) for p in phis]).astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #33dd535f
+# %% ../../nbs/03_virtual.scan.ipynb #ad32d99f
 def lookup(g:Geometry, s:ndarray, u:ndarray) -> tuple: # sparse `(pixels, 2 len(s))`; weight of the septal side `(pixels, 1)`
     "Bilinear weights of the table's rows for every pixel."
     n = len(g.s); at = np.clip(s-g.s[0], 0, n-1.001); k = at.astype('i4'); w = at-k
@@ -191,7 +191,7 @@ def lookup(g:Geometry, s:ndarray, u:ndarray) -> tuple: # sparse `(pixels, 2 len(
     col = np.stack([k, k+1, k+n, k+n+1], 1); val = np.stack([(1-w)*septal, w*septal, (1-w)*(1-septal), w*(1-septal)], 1)
     return csr_matrix((val.ravel().astype('f4'), col.ravel(), np.arange(0, 4*len(s)+1, 4)), shape=(len(s), 2*n)), septal[:,None].astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #9198362c
+# %% ../../nbs/03_virtual.scan.ipynb #ee3660a7
 def ring_cover(u:ndarray, r2:ndarray, slope:ndarray, pixel_mm:float, half:float=2.) -> tuple: # share inside; signed distance, mm
     "Share of a pixel of a thick slice inside a contour of squared radius `r2`."
     u2, slope2 = u*u, slope*slope + 1
@@ -199,14 +199,14 @@ def ring_cover(u:ndarray, r2:ndarray, slope:ndarray, pixel_mm:float, half:float=
     far = (u2+half*half-r2)/np.sqrt(4*u2 + 4*half*half + slope2)
     return (cover(d, pixel_mm) + 2*cover(far, pixel_mm))/3, d
 
-# %% ../../nbs/03_virtual.scan.ipynb #5b84cdee
+# %% ../../nbs/03_virtual.scan.ipynb #1d5d1304
 def slope(g:Geometry, scan:Scan, s:ndarray) -> ndarray: # `(pixels, 1)`
     "Cosine of the angle between the free wall and the long axis: turns distances across the axis into distances from the wall."
     x = (g.s-g.tricuspid[0])/(RV_END*g.apex-g.tricuspid[0])
     reach = np.sqrt(np.maximum(g.outer[0,:,len(g.phi)*3//4], 0)) + rv_profile(x)*g.rv_w[0]
     return np.interp(s, g.s, 1/np.sqrt(1+np.gradient(gaussian_filter(reach, 3))**2)).astype('f4')[:,None]
 
-# %% ../../nbs/03_virtual.scan.ipynb #1cd3d671
+# %% ../../nbs/03_virtual.scan.ipynb #c31dc258
 def ventricles(g:Geometry, scan:Scan, s:ndarray, u:ndarray) -> dict: # shares and distances `(pixels, n)`
     "Both ventricles in the four-chamber plane."
     mm = scan.pixel_mm
@@ -228,7 +228,7 @@ def ventricles(g:Geometry, scan:Scan, s:ndarray, u:ndarray) -> dict: # shares an
     wall = np.clip(cover(free-np.float32(.85*g.heart.rv_wall)*np.minimum(width/6, 1), mm) - seam, 0, 1)*cover(tri-3-s, mm)
     return dict(lv=lv, myo=myo, rv=rv, rv_wall=np.maximum(wall-rv, 0), d_in=d_in, d_out=d_out, free=free, radius=radius, width=width, mitral=mitral, x=x, e=e)
 
-# %% ../../nbs/03_virtual.scan.ipynb #48700984
+# %% ../../nbs/03_virtual.scan.ipynb #e9d88065
 POWER, NARROW = 2.3, 0.95237   # of the superellipse; its width that keeps the ellipse's area
 
 def atrium_distance(ds:ndarray, u:ndarray, a:ndarray, b:ndarray, egg:float, lean:float) -> ndarray: # mm
@@ -248,13 +248,13 @@ def atria(g:Geometry, s:ndarray, u:ndarray, mitral:ndarray) -> dict:
     d = [atrium_distance(s[:,None]-(p-a), u[:,None]-c, a, b, k, l) for p,a,b,c,k,l in ((mitral,la,lb,left,-.1,1.), (tri,ra,rb,right,-.08,-1.))]
     return dict(d_la=d[0], d_ra=d[1], left=left, right=right)
 
-# %% ../../nbs/03_virtual.scan.ipynb #18c2cc59
+# %% ../../nbs/03_virtual.scan.ipynb #398e0201
 def warped(rng:np.random.Generator, size:int, pixel_mm:float, by:float=3.) -> tuple: # x, y, mm; three textures
     "Pixel places, smoothly displaced by `by` mm, and three random textures."
     x,y = pixel_grid(size, pixel_mm)
     return x + by*field(rng, (size,size), 9), y + by*field(rng, (size,size), 9), [field(rng, (size,size), k) for k in (.8,1.6,4)]
 
-# %% ../../nbs/03_virtual.scan.ipynb #46fd9565
+# %% ../../nbs/03_virtual.scan.ipynb #65be8527
 def vessels(im:ndarray, x:ndarray, y:ndarray, rng:np.random.Generator, hilum:tuple, towards:tuple, number:int, reach:float=60., signal:float=.75, spread:float=1.3) -> ndarray:
     "Lung vessels: short strokes that leave the hilum, thinner and fainter as they go."
     for _ in range(number):
@@ -264,7 +264,7 @@ def vessels(im:ndarray, x:ndarray, y:ndarray, rng:np.random.Generator, hilum:tup
         paint(im, .9*(1-.5*far)*rng.uniform(.35,1)*cover(ellipse(x, y, cx, cy, max(length,thick), thick, turn), 2.4), signal)
     return im
 
-# %% ../../nbs/03_virtual.scan.ipynb #62bb581f
+# %% ../../nbs/03_virtual.scan.ipynb #5cec62fa
 def wall_of_chest(im:ndarray, depth:ndarray, along:ndarray, scan:Scan, rng:np.random.Generator, textures:tuple) -> ndarray:
     "Pleural fat, muscle with ribs, the fat under the skin and the air before it, by `depth` into the wall (mm)."
     fine,mid,soft = textures; muscle = rng.uniform(9,16); layers = np.clip(np.sin(1.1*depth + 2*soft), 0, 1)
@@ -273,7 +273,7 @@ def wall_of_chest(im:ndarray, depth:ndarray, along:ndarray, scan:Scan, rng:np.ra
     rib = np.clip(2*np.cos(along/rng.uniform(6,9)+rng.uniform(0,6)) - 1.1, 0, 1)*np.clip(1.3-abs(depth-.5*muscle)/(.3*muscle), 0, 1)
     return paint(im, .8*rib, -.3)
 
-# %% ../../nbs/03_virtual.scan.ipynb #ba86e856
+# %% ../../nbs/03_virtual.scan.ipynb #ba249de9
 def spine(im:ndarray, x:ndarray, y:ndarray, ax:float, ay:float, textures:tuple) -> ndarray:
     "Mediastinum, oesophagus and vertebra beside the aorta at `(ax, ay)`."
     fine,mid,soft = textures
@@ -283,7 +283,7 @@ def spine(im:ndarray, x:ndarray, y:ndarray, ax:float, ay:float, textures:tuple) 
     paint(im, cover(body, 3), .19 + .04*fine + .03*mid); paint(im, .8*cover(abs(body)-.8), .05)
     return paint(im, cover(ellipse(x, y, ax-16, ay-12, 6, 3.5, -.3), 2.5), .26 + .06*fine)
 
-# %% ../../nbs/03_virtual.scan.ipynb #bb216040
+# %% ../../nbs/03_virtual.scan.ipynb #8a0ad036
 def chest(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SIZE) -> tuple: # `(size, size)` signal, blood = 1, fat negative; middle of the descending aorta (x, y), mm
     "All that does not move in the four-chamber view."
     mm = scan.pixel_mm
@@ -303,7 +303,7 @@ def chest(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SIZE) -> tupl
     paint(im, np.clip(3*pad + .35*mid*(pad > 0), 0, 1), -.62*scan.fat_signal)
     return wall_of_chest(im, depth, x*np.cos(tilt) + y*np.sin(tilt), scan, rng, textures).astype('f4'), (ax,ay)
 
-# %% ../../nbs/03_virtual.scan.ipynb #4adba701
+# %% ../../nbs/03_virtual.scan.ipynb #ddfbc0ea
 GRAIN = 80    # points of a texture in each direction
 
 def lv_texture(scan:Scan, rng:np.random.Generator) -> ndarray: # `(GRAIN, GRAIN)` share of muscle; along from base to apex, across from the septum (0) to the side wall
@@ -317,7 +317,7 @@ def lv_texture(scan:Scan, rng:np.random.Generator) -> ndarray: # `(GRAIN, GRAIN)
         t += rng.uniform(0,.75)*np.clip(1.6*(1 - ((x-cx)/long)**2 - ((v-cv-.5*(x-cx))/wide)**2), 0, 1)*(.7+.4*n)
     return np.clip(scan.trabeculae*t, 0, .9).astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #6d33e784
+# %% ../../nbs/03_virtual.scan.ipynb #1a9a6a1b
 def rv_texture(scan:Scan, rng:np.random.Generator) -> ndarray: # `(GRAIN, GRAIN)` share of muscle; along from base to apex, across from the septum to the free wall
     "Coarse trabeculae of the right ventricle and its moderator band."
     x,v = np.meshgrid((np.arange(GRAIN)+.5)/GRAIN, (np.arange(GRAIN)+.5)/GRAIN, indexing='ij')
@@ -326,14 +326,14 @@ def rv_texture(scan:Scan, rng:np.random.Generator) -> ndarray: # `(GRAIN, GRAIN)
     band = abs(x - rng.uniform(.42,.66) - rng.uniform(.1,.35)*v)/rng.uniform(.02,.04)
     return np.clip(scan.trabeculae*(t + rng.uniform(-.5,.7)*np.clip(1.3-band, 0, 1)), 0, .85).astype('f4')
 
-# %% ../../nbs/03_virtual.scan.ipynb #9a1aeffc
+# %% ../../nbs/03_virtual.scan.ipynb #d8d0ff02
 def sample(texture:ndarray, along:ndarray, across:ndarray) -> ndarray:
     "Read a texture at coordinates 0..1."
     k = len(texture)-1
     i = np.clip(along*k, 0, k).astype('i4')*(k+1) + np.clip(across*k, 0, k).astype('i4')
     return texture.ravel().take(i)
 
-# %% ../../nbs/03_virtual.scan.ipynb #c65e2203
+# %% ../../nbs/03_virtual.scan.ipynb #1cd32e87
 def eddies(rng:np.random.Generator, place:tuple, n:int, amount:float=.075) -> ndarray: # `(pixels, n)`, mean 1
     "Mottled blood: a smooth random field that drifts over the beat, at image rows and columns `place` (0..1)."
     coarse, times = 30, 12
@@ -345,13 +345,13 @@ def eddies(rng:np.random.Generator, place:tuple, n:int, amount:float=.075) -> nd
     m = csr_matrix((val.ravel().astype('f4'), col.ravel(), np.arange(0, 4*len(r)+1, 4)), shape=(len(r), coarse**2))
     return 1 + amount*(m @ np.ascontiguousarray(f.T))
 
-# %% ../../nbs/03_virtual.scan.ipynb #e64e3831
+# %% ../../nbs/03_virtual.scan.ipynb #14732bd6
 def flow(g:Geometry) -> tuple: # filling and ejection of the left ventricle over the beat, 0..1 `(n,)`
     "How fast blood crosses the valves."
     dv = np.roll(g.curves['lv'],-1) - np.roll(g.curves['lv'],1)
     return tuple((np.maximum(k*dv, 0)/max(1e-6, (k*dv).max())).astype('f4') for k in (1,-1))
 
-# %% ../../nbs/03_virtual.scan.ipynb #a0d3304a
+# %% ../../nbs/03_virtual.scan.ipynb #d62ec06a
 def around_heart(g:Geometry, scan:Scan, v:dict, a:dict, s:ndarray, u:ndarray) -> tuple: # distance to the ventricles; to the heart with its fat grooves `(pixels, n)`
     "Where fat and fluid lie."
     s,u = s[:,None], u[:,None]
@@ -369,7 +369,7 @@ def fat_map(g:Geometry, scan:Scan, rng:np.random.Generator, s:ndarray, u:ndarray
     more = np.where(u > 0, .55, .3) + np.clip(1-abs(s-g.apex)/22, 0, 1) + .8*np.clip(1-abs(s-4)/14, 0, 1) - .5*(s < -12)
     return (scan.fat*np.clip(more + .75*n + .25*spots, -.6, 2.6) - .3).astype('f4')[:,None]
 
-# %% ../../nbs/03_virtual.scan.ipynb #59482bf4
+# %% ../../nbs/03_virtual.scan.ipynb #c0063738
 def blood(g:Geometry, scan:Scan, rng:np.random.Generator, s:ndarray, u:ndarray, place:tuple) -> tuple: # LV, RV, LA, RA: `(pixels, n)`
     "Signal of the blood: mottled, dimmer in the jets."
     mottle = eddies(rng, place, len(g.mitral)); fill, eject = flow(g)
@@ -379,7 +379,7 @@ def blood(g:Geometry, scan:Scan, rng:np.random.Generator, s:ndarray, u:ndarray, 
     rv -= np.float32(.1)*np.clip(s/g.apex, 0, 1)[:,None].astype('f4'); ra *= np.float32(1.05) + np.float32(.08)*eject
     return lv, rv, la, ra
 
-# %% ../../nbs/03_virtual.scan.ipynb #79983f9d
+# %% ../../nbs/03_virtual.scan.ipynb #4d95a45c
 def leaflets(g:Geometry, v:dict, s:ndarray, u:ndarray) -> ndarray: # share `(pixels, n)`
     "Mitral leaflets: closed over the plane in systole, pointing into the ventricle while it fills."
     n, beat, es = len(g.mitral), 60000/g.heart.hr, int(np.argmax(g.curves['out'])); t = np.arange(n)*beat/n
@@ -389,7 +389,7 @@ def leaflets(g:Geometry, v:dict, s:ndarray, u:ndarray) -> ndarray: # share `(pix
     open_ = cover(abs(w - 1 + h/36)*half*.9 - .3)*cover(abs(h-8)-8)
     return (closed*shut + (1-closed)*open_)*cover((w-1)*half)*np.float32(.55)
 
-# %% ../../nbs/03_virtual.scan.ipynb #5f842a99
+# %% ../../nbs/03_virtual.scan.ipynb #9fa4e9af
 def heart_pixels(g:Geometry, s:ndarray, u:ndarray, scan:Scan) -> ndarray: # bool `(size, size)`
     "Pixels that the heart, its fat or its fluid can reach."
     r = np.sqrt(np.maximum(g.outer.max((0,2)), 0)); reach = 12 + g.heart.fluid + scan.fat
@@ -399,7 +399,7 @@ def heart_pixels(g:Geometry, s:ndarray, u:ndarray, scan:Scan) -> ndarray: # bool
     right = max(g.la[1].max()+8, radius.max()+8)
     return (s > low) & (s < g.apex+8+g.heart.fluid) & np.where(s > -6, (u < radius+reach) & (u > -radius-width-reach), (u < right+6) & (u > -.62*r.max()-.5*g.rv_w.max()-g.ra[1].max()-14))
 
-# %% ../../nbs/03_virtual.scan.ipynb #f53eeead
+# %% ../../nbs/03_virtual.scan.ipynb #fb3fc5bb
 def backdrop(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, v:dict, a:dict, s:ndarray, u:ndarray, la:ndarray) -> ndarray:
     "Pulmonary veins, the walls of the atria and the tissue between them."
     c, (along,across) = float(a['left']), g.la; top = g.mitral.mean(1)
@@ -412,7 +412,7 @@ def backdrop(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, v:dict,
     paint(im, np.maximum(between, np.maximum(cover(a['d_ra']-1.8), np.maximum(cover(a['d_la']-1.8), cover(d-1.5)))), np.float32(.33))
     return paint(im, cover(d), np.float32(.95)*la)
 
-# %% ../../nbs/03_virtual.scan.ipynb #1e4a9489
+# %% ../../nbs/03_virtual.scan.ipynb #c7d4d7b5
 def paint_heart(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, s:ndarray, u:ndarray, place:tuple) -> tuple: # `im` `(pixels, n)`; shares of the five labels
     "Paint all that moves."
     mm = scan.pixel_mm
@@ -438,14 +438,14 @@ def paint_heart(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, s:nd
     paint(im, leaflets(g, v, s, u), np.float32(.4))
     return v['lv'], v['myo'], v['rv'], share_la, share_ra
 
-# %% ../../nbs/03_virtual.scan.ipynb #1ee12c59
+# %% ../../nbs/03_virtual.scan.ipynb #ecdaeccf
 def label(*shares) -> ndarray: # uint8
     "Number (from 1) of the tissue that fills most of a pixel, 0 where none fills half."
     out = np.zeros(shares[0].shape, 'u1')
     for k,share in enumerate(shares, 1): out[share >= .5] = k
     return out
 
-# %% ../../nbs/03_virtual.scan.ipynb #41d54cf3
+# %% ../../nbs/03_virtual.scan.ipynb #dc1db8b5
 def add_aorta(im:ndarray, lab:ndarray, g:Geometry, r:ndarray, mm:float):
     "Paint the descending aorta, which widens with the pulse, at distance `r` from its middle into `im` and `lab` `(n, pixels)`."
     radius = np.sqrt(g.aorta/np.pi).astype('f4')[:,None]
@@ -454,7 +454,7 @@ def add_aorta(im:ndarray, lab:ndarray, g:Geometry, r:ndarray, mm:float):
     im[:,j] += cover(d-1.5, mm)*free*(.25-im[:,j]); im[:,j] += cover(d, mm)*free*(.95-im[:,j])
     lab[:,j] = np.where(free & (d < 0), AORTA, lab[:,j])
 
-# %% ../../nbs/03_virtual.scan.ipynb #210bfa00
+# %% ../../nbs/03_virtual.scan.ipynb #50ac19bd
 def four_chamber(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SIZE) -> tuple: # cine, labels: `(n, size, size)` uint8
     "The four-chamber cine of a heart and the label of every pixel."
     n, mm = len(g.mitral), scan.pixel_mm
@@ -469,7 +469,7 @@ def four_chamber(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SIZE) 
     add_aorta(im, lab, g, np.hypot(x-ax, y-ay).ravel(), mm)
     return acquire(im.reshape(n,size,size), scan, rng, 60000/g.heart.hr), lab.reshape(n,size,size)
 
-# %% ../../nbs/03_virtual.scan.ipynb #43f9bcac
+# %% ../../nbs/03_virtual.scan.ipynb #38bd03aa
 def six_hearts() -> dict: # name -> Heart
     "Hearts that the chapters on images are tested with."
     thick = tuple(w*(1.8 if k in (1,2,7,8) else 1) for k,w in enumerate(WT))

@@ -8,7 +8,7 @@ __all__ = ['SAX_SIZE', 'HALF', 'slice_grid', 'axis_place', 'around', 'level', 'l
            'slice_labels', 'stack_heights', 'short_axis_stack', 'at_frames', 'disc_volumes', 'contour', 'contours',
            'around_length']
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #73b267c7
+# %% ../../nbs/03a_virtual.short_axis.ipynb #5279549f
 from dataclasses import replace
 
 import numpy as np
@@ -18,24 +18,24 @@ from scipy.sparse import csr_matrix
 from .heart import Geometry, rv_profile, rv_reach, RV_END
 from .scan import (Scan, pixel_grid, cover, paint, field, ellipse, warped, swirl, vessels, wall_of_chest, sample, eddies, flow, label, acquire, add_aorta)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #af34f58d
+# %% ../../nbs/03a_virtual.short_axis.ipynb #af54f309
 SAX_SIZE = 80   # the paper's crop: 80 pixels, 146 mm
 HALF = np.float32(1/3)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #c5369cb3
+# %% ../../nbs/03a_virtual.short_axis.ipynb #b1454ad9
 def slice_grid(g:Geometry, scan:Scan, size:int=SAX_SIZE, dx=0., dy=0.) -> tuple: # r (mm), phi (rad): `(size, size)`
     "Polar coordinates of the pixels around the long axis."
     x,y = pixel_grid(size, scan.pixel_mm); cx,cy = axis_place(g, scan)
     x,y = x-cx+dx, y-cy+dy
     return np.hypot(x, y).astype('f4'), (np.arctan2(-x, -y) + np.deg2rad(scan.sax_rotation)).astype('f4')
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #3b0ff846
+# %% ../../nbs/03a_virtual.short_axis.ipynb #3abaa0d8
 def axis_place(g:Geometry, scan:Scan) -> tuple: # x, y, mm
     "Where the long axis pierces the image."
     turn, w = np.deg2rad(scan.sax_rotation), .42*float(g.rv_w[0])*.75
     return scan.sax_shift[0] + w*np.cos(turn), scan.sax_shift[1] + w*np.sin(turn)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #430e0604
+# %% ../../nbs/03a_virtual.short_axis.ipynb #1ac791a5
 def around(phi:ndarray, n:int=48) -> csr_matrix: # sparse `(pixels, n)`
     "Linear interpolation of a table around the axis."
     at = np.remainder((phi+np.pi)/(2*np.pi)*n, n); k = np.minimum(at.astype('i4'), n-1); w = (at-k).astype('f4')
@@ -46,14 +46,14 @@ def level(t:ndarray, g:Geometry, height:float) -> ndarray: # `(48, n)`
     at = np.clip(height-g.s[0], 0, len(g.s)-1.001); k = int(at); w = np.float32(at-k)
     return np.ascontiguousarray((t[:,k]*(1-w) + t[:,k+1]*w).T)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #1f458bed
+# %% ../../nbs/03a_virtual.short_axis.ipynb #3441782d
 def leaning(g:Geometry, scan:Scan, height:float, r:ndarray, phi:ndarray, m:csr_matrix) -> ndarray: # `(pixels, 1)`
     "`rv_reach`, turned about the axis the further out the more: the right ventricle leans, and every ring keeps its share of it."
     outer = np.sqrt(np.maximum(m @ level(g.outer[:1], g, height), 0))[:,0]
     out = np.clip((r-outer)/max(float(outer.max()), 1.), 0, 1)
     return rv_reach(phi + scan.rv_lean*(out-.25))[:,None].astype('f4')
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #f0884a96
+# %% ../../nbs/03a_virtual.short_axis.ipynb #71146299
 def chambers(g:Geometry, scan:Scan, height:float, thickness:float, r:ndarray, phi:ndarray) -> dict: # shares and distances `(pixels, n)`
     "Both ventricles in a slice at `height` below the mitral plane at rest."
     mm, m = scan.pixel_mm, around(phi, len(g.phi))
@@ -76,7 +76,7 @@ def chambers(g:Geometry, scan:Scan, height:float, thickness:float, r:ndarray, ph
             out['inlet'] = out['inlet'] + HALF*(cover(r1-inner, mm)*np.clip(1.5-(mitral-s)/6, 0, 1-below) + inside*np.clip(1.5-(tri-s)/6, 0, 1-close))
     return out | dict(inner=inner, outer=outer, width=width, e=e, mitral=mitral)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #1bd647b0
+# %% ../../nbs/03a_virtual.short_axis.ipynb #d3797af9
 def upper(g:Geometry, scan:Scan, height:float, r:ndarray, phi:ndarray) -> tuple: # shares of left and right atrium `(pixels, n)`
     "What a slice above the valves shows."
     x,y = r*np.sin(phi), r*np.cos(phi)   # mm towards the septum, and anterior
@@ -87,7 +87,7 @@ def upper(g:Geometry, scan:Scan, height:float, r:ndarray, phi:ndarray) -> tuple:
         radius = b*np.sqrt(np.maximum(1-((height-plane+a)/a)**2, 0))
         yield (cover(np.hypot(x-c, y)[:,None].astype('f4')-radius.astype('f4'), scan.pixel_mm)*(radius>0)).astype('f4')
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #47770ddd
+# %% ../../nbs/03a_virtual.short_axis.ipynb #2ad3bdd9
 def muscles(g:Geometry, scan:Scan, rng:np.random.Generator, height:float, r:ndarray, phi:ndarray, v:dict) -> ndarray: # share of muscle `(pixels, n)`
     "Papillary muscles and trabeculae inside the cavity."
     h = height/g.apex; systole = g.curves['out'].astype('f4')
@@ -106,7 +106,7 @@ def muscles(g:Geometry, scan:Scan, rng:np.random.Generator, height:float, r:ndar
     grain = sample(rim_texture(scan, rng), np.remainder((phi[:,None]-turn)/np.float32(2*np.pi), 1), v01 + np.float32(.07)*systole)
     return np.clip(.97*t + grain, 0, .97)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #f4cb2e9d
+# %% ../../nbs/03a_virtual.short_axis.ipynb #45ce31aa
 def rim_texture(scan:Scan, rng:np.random.Generator, n:int=96) -> ndarray: # `(n, n)`: around, from the axis to the wall
     "Trabeculae by angle and depth; few on the septum."
     phi,v = np.meshgrid(2*np.pi*(np.arange(n)+.5)/n, (np.arange(n)+.5)/n, indexing='ij')
@@ -114,7 +114,7 @@ def rim_texture(scan:Scan, rng:np.random.Generator, n:int=96) -> ndarray: # `(n,
     depth = .7 + .18*septum + .05*field(rng, (n,), 3)[:,None]
     return (scan.trabeculae*np.clip((v-depth)/.1, 0, 1)*np.clip(1.3*noise+.12+1.5*(v-.88), 0, .95)*(1-.6*septum)).astype('f4')
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #1ab6f27c
+# %% ../../nbs/03a_virtual.short_axis.ipynb #10fe09fd
 def rv_strands(scan:Scan, rng:np.random.Generator, n:int=80) -> ndarray: # `(n, n)`: around, from the septum to the free wall
     "Trabeculae of the right ventricle and a few strands across."
     a,v = np.meshgrid(np.linspace(-1.4, 1.4, n), (np.arange(n)+.5)/n, indexing='ij')
@@ -123,7 +123,7 @@ def rv_strands(scan:Scan, rng:np.random.Generator, n:int=80) -> ndarray: # `(n, 
         t += .8*np.clip(1.5-np.hypot((a-rng.uniform(-.8,.8))/.07, (v-rng.uniform(.3,.85))/.09), 0, 1)
     return (scan.trabeculae*np.clip(t, 0, .85)).astype('f4')
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #b2771305
+# %% ../../nbs/03a_virtual.short_axis.ipynb #5be54d97
 def surroundings(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SAX_SIZE) -> tuple: # `(size, size)` signal; middle of the aorta, mm
     "Chest wall, lung, liver, stomach, spleen and spine; they do not move."
     mm = scan.pixel_mm; x,y,textures = warped(rng, size, mm, 2.5); fine,mid,soft = textures
@@ -152,7 +152,7 @@ def surroundings(g:Geometry, scan:Scan, rng:np.random.Generator, size:int=SAX_SI
     paint(im, np.clip(4*pad + .6*mid*(pad > 0) - .3, 0, 1), -.62*scan.fat_signal)
     return wall_of_chest(im, depth, x, scan, rng, textures).astype('f4'), (ax,ay)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #0455ea10
+# %% ../../nbs/03a_virtual.short_axis.ipynb #4c55e721
 def rim(g:Geometry, scan:Scan, rng:np.random.Generator, v:dict, phi:ndarray) -> tuple: # distance to the ventricles and to the pericardium `(pixels, n)`; fat, mm `(pixels, 1)`
     "Fat is thick where the right ventricle meets the left one, and thin or missing elsewhere."
     wall = v['e']-v['width']-np.float32(g.heart.rv_wall)*np.minimum(v['width']/4, 1)
@@ -163,7 +163,7 @@ def rim(g:Geometry, scan:Scan, rng:np.random.Generator, v:dict, phi:ndarray) -> 
     fluid = g.heart.fluid*(1 + .25*field(rng, (64,), 5)[k])
     return outside, (outside - fluid[:,None].astype('f4')), more[:,None].astype('f4')
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #fc422514
+# %% ../../nbs/03a_virtual.short_axis.ipynb #d6cdb398
 def paint_slice(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, height:float, thickness:float, r:ndarray, phi:ndarray, place:tuple) -> tuple:
     "Paint all that moves over `im` `(pixels, n)`; shares of the five labels."
     mm, n, muscle = scan.pixel_mm, len(g.mitral), np.float32(scan.myo)
@@ -185,12 +185,12 @@ def paint_slice(im:ndarray, g:Geometry, scan:Scan, rng:np.random.Generator, heig
     free = 1 - v['lv']-v['myo']-v['rv']
     return v['lv'], v['myo'], v['rv'], np.minimum(left, free), np.minimum(right, free)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #5d9098d9
+# %% ../../nbs/03a_virtual.short_axis.ipynb #b5f3776b
 def mid_height(g:Geometry, scan:Scan) -> float: # mm
     "Height of the mid slice, below the mitral plane at rest."
     return scan.sax_height*g.apex
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #38601712
+# %% ../../nbs/03a_virtual.short_axis.ipynb #57ec943e
 def short_axis(g:Geometry, scan:Scan, rng:np.random.Generator,
                height:float=None,   # of the slice below the mitral plane at rest, mm; the mid slice by default
                thickness:float=8., size:int=SAX_SIZE) -> tuple: # cine, labels: `(n, size, size)` uint8
@@ -207,26 +207,26 @@ def short_axis(g:Geometry, scan:Scan, rng:np.random.Generator,
     add_aorta(im, lab, g, np.hypot(x-ax, y-ay).ravel().astype('f4'), mm)
     return acquire(im.reshape(n,size,size), scan, rng, 60000/g.heart.hr), lab.reshape(n,size,size)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #2f4dbd34
+# %% ../../nbs/03a_virtual.short_axis.ipynb #1e88f3e3
 def slice_labels(g:Geometry, scan:Scan, height:float, thickness:float=8., size:int=SAX_SIZE) -> ndarray: # `(n, size, size)` uint8
     "Labels of a slice without its image: ventricles only, even outlines."
     r,phi = (x.ravel() for x in slice_grid(g, scan, size))
     v = chambers(g, scan, height, thickness, r, phi)
     return label(v['lv'], v['myo'], v['rv']).T.reshape(len(g.mitral), size, size)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #0d5898a8
+# %% ../../nbs/03a_virtual.short_axis.ipynb #966d6ae7
 def stack_heights(g:Geometry, spacing_mm:float=10.) -> ndarray: # mm
     "Middles of the slices of a stack, from the mitral plane at end-diastole to the apex."
     return np.arange(spacing_mm/2, g.apex + spacing_mm/2, spacing_mm)
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #405aab25
+# %% ../../nbs/03a_virtual.short_axis.ipynb #e0ed8e8d
 def short_axis_stack(g:Geometry, scan:Scan, rng:np.random.Generator, spacing_mm:float=10., thickness_mm:float=8., size:int=SAX_SIZE) -> tuple: # cines, labels `(slices, n, size, size)`; heights, mm
     "A stack of slices, base first."
     heights, seed = stack_heights(g, spacing_mm), rng.integers(2**63)   # one seed: the same chest in every slice
     out = [short_axis(g, scan, np.random.default_rng(seed), h, thickness_mm, size) for h in heights]
     return *(np.stack(x) for x in zip(*out)), heights
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #9f7be830
+# %% ../../nbs/03a_virtual.short_axis.ipynb #cab1d356
 def at_frames(g:Geometry, frames) -> Geometry:
     "The heart at some frames only, the first of which is end-diastole."
     f = list(frames)
@@ -237,7 +237,7 @@ def disc_volumes(g:Geometry, scan:Scan, frames, spacing_mm:float=1., thickness_m
     lab = np.stack([slice_labels(at_frames(g, frames), scan, h, thickness_mm) for h in np.arange(first, g.apex+3, spacing_mm)])
     return np.stack([(lab==k).sum((0,2,3)) for k in (1,2,3)])*scan.pixel_mm**2*spacing_mm/1000
 
-# %% ../../nbs/03a_virtual.short_axis.ipynb #1a261e30
+# %% ../../nbs/03a_virtual.short_axis.ipynb #7e60349b
 def contour(mask:ndarray, scan:Scan, centre:tuple, n:int=180) -> ndarray: # complex `(n,)`, mm
     "Outline of a filled label by the areas of its sectors around `centre` (x, y), mm."
     x,y = pixel_grid(len(mask), scan.pixel_mm); fine = 6
