@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'LOGS', 'LIMITS', 'REALISTIC', 'STRONG', 'LINKS', 'COUPLINGS', 'QUIET', 'LOUD', 'heart_scores', 'usual',
            'check_coupling', 'features', 'electrics_of']
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #08cda9c9
+# %% ../../nbs/04d_virtual.coupling.ipynb #af27cedb
 import numpy as np
 
 from ..ecg import DataError
@@ -14,7 +14,7 @@ from .body import body, healthy_heart
 from .ecg import SEX, Electrics
 from .heart import Heart
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #911964c2
+# %% ../../nbs/04d_virtual.coupling.ipynb #a1d2f68b
 SCORES = dict(lvedv=(4.944,0.223), lvm=(4.432,0.26), lvef=(60.2,4.822), rvedv=(5,0.233), la_max=(4.151,0.301), ra_max=(4.33,0.304), la_ef=(60.514,8.237), rvef=(56.854,5.257),
               mass=(0.477,0.16), rv=(0.303,0.095), pump=(26.754,3.822), la=(0.937,0.266), ra=(0.622,0.239), ell=(-7.701,1.867), septum=(0.14,0.108), angle=(32.,8.))  # mean, SD
 
@@ -28,18 +28,18 @@ def heart_scores(h:Heart,
               ell=h.ell + .14*h.lvef, septum=ln(wt[[1,2,7,8]].mean()/wt[[4,5,10,11]].mean()))
     return {k:float(np.clip((v[k]-m)/s, -3, 3)) for k,(m,s) in SCORES.items()}
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #e0835384
+# %% ../../nbs/04d_virtual.coupling.ipynb #f406559b
 def usual(b:dict) -> dict: # feature -> (mean, SD); features in LOGS are logarithms
     "What a person's ECG is expected to be."
     male, a, fat, sex = b['sex']=='male', (b['age']-63)/10, b['bmi']-26.7, SEX[b['sex']]
     return dict(qrs_ms=(80 + 4.5*male, 9.5), qrs_gain=(.65*np.log(sex['qrs_gain']) - .012*fat - .04*a, .25), t_ratio=(sex['t_ratio'] - .03*a, .28), rv_force=(-3.2, .8), p_ms=(93 + 2*a, 16), p_gain=(np.log(sex['p_gain']), .25), p_right=(0., .25),
                 p_late=(0., .35), axis_deg=(-5 - 5*a - .8*fat + 2*(not male), 32), azimuth_deg=(0., 12), late_force=(-3.2, .7), septal_q=(0., .35), qtc_ms=(407 + 10*(not male), 16), t_axis_deg=(0., 16),
-                rmssd_ms=(3.09 - .2*a, .5), torso_deg=(0., 1.))
+                rmssd_ms=(3.09 - .2*a, .5))
 
 LOGS = ('qrs_gain', 'rv_force', 'p_gain', 'p_right', 'p_late', 'late_force', 'septal_q', 'rmssd_ms')
 LIMITS = dict(qrs_ms=(64,140), t_ratio=(.15,2.2), p_ms=(58,150), azimuth_deg=(-40,40), axis_deg=(-110,90), qtc_ms=(350,500), rmssd_ms=(5,90), rv_force=(0,2.2), late_force=(0,.8))
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #0baaca84
+# %% ../../nbs/04d_virtual.coupling.ipynb #1def58e1
 REALISTIC = dict(qrs_ms=dict(lvedv=.28, mass=.20, lvef=-.12), qrs_gain=dict(mass=.22, septum=.08), t_ratio=dict(lvef=.25, ell=-.19, mass=-.12), rv_force=dict(rv=.25, pump=-.20, lvedv=.08),
                  p_ms=dict(la=.36, lvedv=.12, la_ef=-.12), p_gain=dict(ra=.18, lvedv=.05), p_right=dict(ra=.25, rv=.10), p_late=dict(la=.20, la_ef=-.20), axis_deg=dict(angle=-.28, rv=.12, mass=-.12),
                  azimuth_deg=dict(angle=.15, lvedv=.12, septum=-.10), late_force=dict(lvef=-.19, ell=.13, mass=.15), septal_q=dict(septum=.28, mass=.08), qtc_ms=dict(lvef=-.12, ell=.12, mass=.12),
@@ -53,7 +53,7 @@ def check_coupling(coupling:str):
     if coupling not in COUPLINGS:
         raise DataError(f'{coupling!r} is not known', file='virtual cohort', field='coupling', remedy=f'Choose one of {", ".join(COUPLINGS)}.')
 
-# %% ../../nbs/04d_virtual.coupling.ipynb #72d03498
+# %% ../../nbs/04d_virtual.coupling.ipynb #cf7e9c2a
 QUIET = dict(p_gain=.3, azimuth_deg=.4, t_axis_deg=.4, axis_deg=.4, rv_force=.65)   # share of the usual spread left in the strong ECG
 LOUD = dict(rv_force=1.5)
 
@@ -72,7 +72,7 @@ def electrics_of(h:Heart, b:dict, angle:float, coupling:str,
     "The electrical side of a healthy or enlarged heart; disease comes later."
     check_coupling(coupling)
     n = rng.normal(size=24); f = features(b, heart_scores(h, angle), coupling, n)
-    f = {k:float(np.clip(x, *LIMITS.get(k, (-1e9,1e9)))) for k,x in f.items() if k != 'torso_deg'}
+    f = {k:float(np.clip(x, *LIMITS.get(k, (-1e9,1e9)))) for k,x in f.items()}
     f['p_ms'] = min(f['p_ms'], h.pr_ms - 15); calm = .5 if coupling=='strong' else 1.
     f |= dict(torso=.08*calm, electrode_shift=float(np.clip(.25*calm*n[16], -.8, .8)), noise_uv=float(np.exp(2.08 + .3*n[17])), baseline_mv=float(.03*np.exp(.4*n[18])), lf_hf=float(.5*np.exp(.3*n[19])), resp_hz=float(np.clip(.25 + .03*n[20], .15, .4)))
     return Electrics(hr=h.hr, pr_ms=h.pr_ms, limb_gain=SEX[b['sex']]['limb_gain'], **f)

@@ -9,7 +9,7 @@ __all__ = ['FRAMES', 'DENSITY', 'WT', 'CONTRACT', 'RANGES', 'SEGMENTS', 'CUT', '
            'later', 'Motion', 'motion', 'squeeze', 'slope', 'stretch', 'wall', 'height', 'material', 'rv_profile',
            'rv_reach', 'rv_width', 'Geometry', 'atrium', 'single', 'geometry']
 
-# %% ../../nbs/02_virtual.heart.ipynb #b8607e33
+# %% ../../nbs/02_virtual.heart.ipynb #6f66af4e
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -17,13 +17,13 @@ from numpy import ndarray
 
 from ..ecg import DataError
 
-# %% ../../nbs/02_virtual.heart.ipynb #77b708bd
+# %% ../../nbs/02_virtual.heart.ipynb #ae3d8cd3
 FRAMES = 50        # frames a cardiac cycle, as in the paper's cines
 DENSITY = 1.05     # of myocardium, g/mL
 WT = (1.00,1.10,1.10,1.02,.95,.95, .96,1.06,1.08,1.02,.94,.93, .92,.97,.92,.90)     # wall thickness of AHA 1..16 over the mean (sheet 2.3)
 CONTRACT = (.98,.93,.88,.92,1.02,1.05, 1.02,1.,.95,.97,1.05,1.06, 1.08,1.08,1.04,1.08) # circumferential shortening, likewise
 
-# %% ../../nbs/02_virtual.heart.ipynb #a0bcb114
+# %% ../../nbs/02_virtual.heart.ipynb #6d82d22e
 @dataclass
 class Chambers:
     "Size and time of the four chambers; frame 0 is end-diastole. The defaults are a healthy man of 63."
@@ -43,7 +43,7 @@ class Chambers:
     early:float = .6         # share of the filling that is early (E wave), 0..1; 1 = no atrial kick
     male:bool = True         # systolic times differ by sex
 
-# %% ../../nbs/02_virtual.heart.ipynb #27f7c5cb
+# %% ../../nbs/02_virtual.heart.ipynb #8ad404d3
 @dataclass
 class Heart(Chambers):
     "One virtual heart: `Chambers`, and how wall and vessels are made and move."
@@ -64,7 +64,7 @@ class Heart(Chambers):
     pp:float = 48.           # central pulse pressure, mmHg
     twist:float = 12.        # of the apex against the base, degrees
 
-# %% ../../nbs/02_virtual.heart.ipynb #d4be7261
+# %% ../../nbs/02_virtual.heart.ipynb #5b8438eb
 RANGES = dict(lvedv=(40,500), lvef=(8,85), lvm=(30,450), rvedv=(40,500), rvef=(8,85), la_max=(15,300), la_ef=(3,85), ra_max=(15,350),
               ra_ef=(3,85), hr=(35,160), pr_ms=(80,320), ell=(-30,-2), tapse=(4,35), early=(.2,1), long=(1.3,3), tilt=(-.5,.5), gradient=(-.8,.8),
               delay_ms=(0,150), es_delay_ms=(0,80), flatten=(0,1), rv_wall=(2,12), fluid=(0,30), aao=(250,2500), dao=(150,1600), aao_dist=(.1,12),
@@ -87,7 +87,7 @@ def check_heart(h:Heart) -> Heart:  # the same heart, if its numbers are possibl
     if h.lvm/DENSITY > 3.2*h.lvedv: impossible('lvm', f'{h.lvm:.0f} g are thicker than a cavity of {h.lvedv:.0f} mL allows', f'Give at most {3.2*h.lvedv*DENSITY:.0f} g.')
     return h
 
-# %% ../../nbs/02_virtual.heart.ipynb #254e8b11
+# %% ../../nbs/02_virtual.heart.ipynb #a300e794
 def systole_ms(h:Heart) -> tuple: # (begin of ejection, end-systole), ms after R
     "Ejection begins after isovolumic contraction and ends at end-systole (Weissler's QS2 less 45 ms)."
     qs2 = 546 - 2.1*h.hr if h.male else 549 - 2.0*h.hr
@@ -100,7 +100,7 @@ def ramp(t:ndarray,  # times, ms
     "A smooth step from 0 to 1."
     return .5 - .5*np.cos(np.pi*np.clip((t-start)/(end-start), 0, 1))
 
-# %% ../../nbs/02_virtual.heart.ipynb #963f048f
+# %% ../../nbs/02_virtual.heart.ipynb #38a4f1d6
 def emptying(h:Heart, t:ndarray, start:float) -> ndarray: # share of the stroke, 0 at end-diastole, 1 at end-systole
     "Ejection from `start` ms, then early filling, diastasis and atrial kick; periodic in the beat."
     rr, (_,es) = 60000/h.hr, systole_ms(h)
@@ -119,13 +119,13 @@ def time_course(h:Heart, n:int=FRAMES) -> dict: # name -> curve (n,)
     return dict(t=t, lv=h.lvedv*(1 - h.lvef/100*out), rv=h.rvedv*(1 - h.rvef/100*out), la=atrium(h.la_max, h.la_ef), ra=atrium(h.ra_max, h.ra_ef),
                 out=out, tricuspid=h.tapse*out, aorta=narrow + (h.dao-narrow)*pulse)
 
-# %% ../../nbs/02_virtual.heart.ipynb #7a35732a
+# %% ../../nbs/02_virtual.heart.ipynb #bef17662
 CUT = .45           # mitral plane above the centre, in long semi-axes
 PHI = np.linspace(-np.pi, np.pi, 48, endpoint=False)  # the angles at which the heart is tabulated, rad
 LEVELS = (.22, .53, .84)                              # xi in the middle of the apical, the mid and the basal segments
 CENTRES = np.radians([0, 60, 120, 180, 240, 300])     # middles of segments 1-6 and 7-12; 13-16 every 90 degrees
 
-# %% ../../nbs/02_virtual.heart.ipynb #5d57eec3
+# %% ../../nbs/02_virtual.heart.ipynb #7e8e7b5c
 def smoothstep(x:ndarray, start:float, end:float) -> ndarray: # 0 before, 1 after
     "A smooth step by a cubic polynomial."
     x = np.clip((x-start)/(end-start), 0, 1)
@@ -148,7 +148,7 @@ def spread(three:ndarray, xi:ndarray) -> ndarray: # `xi.shape`, broadcast agains
     "Value of a field of segments (`rows`) at `xi` `(..., 48)` or `(..., 1)`."
     return sum(w*r for w,r in zip(levels(xi), three))
 
-# %% ../../nbs/02_virtual.heart.ipynb #f1f2bd92
+# %% ../../nbs/02_virtual.heart.ipynb #1f2e9cff
 def under(w:float) -> float: # mm
     "Thickness of the apex below the cavity, for a wall of `w` mm."
     return float(7*np.tanh(.6*w/7))
@@ -177,7 +177,7 @@ def lv_shape(h:Heart) -> tuple: # (a, c, w): short and long semi-axis of the cav
         low,high = (w,high) if mass < h.lvm else (low,w)
     return a, c, w
 
-# %% ../../nbs/02_virtual.heart.ipynb #59438ba8
+# %% ../../nbs/02_virtual.heart.ipynb #be95104c
 FLAT = .45         # of the squared radius towards a septum that is flat at end-systole
 CAP, EDGE = .5, .03 # thickening of the cap over the ejected share of the cavity; length of its edge, in xi
 
@@ -193,7 +193,7 @@ def later(h:Heart, v:ndarray) -> ndarray: # k `(n, 48)`
     at = np.arange(n)[:,None] - shift
     return np.interp(at.ravel(), np.arange(n), k, period=n).reshape(at.shape)
 
-# %% ../../nbs/02_virtual.heart.ipynb #65fe3a79
+# %% ../../nbs/02_virtual.heart.ipynb #563494e7
 @dataclass
 class Motion:
     "How the wall moves: what `wall` needs, for each frame and angle."
@@ -219,7 +219,7 @@ def motion(h:Heart, curves:dict) -> Motion:
     m.beta = (v*weight.mean()/(weight*squeeze(m, xi)).mean((1,2)))[:,None,None]
     return m
 
-# %% ../../nbs/02_virtual.heart.ipynb #88580a97
+# %% ../../nbs/02_virtual.heart.ipynb #5826d039
 def squeeze(m:Motion, xi:ndarray) -> ndarray: # `(n, ..., 48)`
     "How much each direction contracts, before `beta`."
     return np.exp(-spread(rows(m.heart.contract), xi)*m.k)*m.flat
@@ -241,7 +241,7 @@ def wall(m:Motion, xi:ndarray) -> tuple: # squared radii of cavity and wall `(n,
     cavity = hollow*(m.beta*squeeze(m, xi))
     return np.where(inner>0, cavity, inner)/l, (cavity + thick(m.heart, xi)*(outer-hollow))/l
 
-# %% ../../nbs/02_virtual.heart.ipynb #7ea83cf4
+# %% ../../nbs/02_virtual.heart.ipynb #1a92c44a
 def height(m:Motion, xi:ndarray) -> ndarray: # height below the mitral plane at rest, mm `(n, ..., 48)`
     "Where the piece of wall `xi` is in each frame."
     b,a = slope(m)
@@ -259,11 +259,11 @@ def material(m:Motion, s:ndarray) -> ndarray: # xi `(n, ..., 48)`
     xi[:,low] = np.where(xi[:,low] >= m.tip+EDGE, xi[:,low], np.where(below <= m.tip, below, edge))
     return xi
 
-# %% ../../nbs/02_virtual.heart.ipynb #919ff9a0
+# %% ../../nbs/02_virtual.heart.ipynb #ff3d187e
 RV_ANGLE = 1.4   # half-angle of the crescent, rad
 RV_END = .93     # the right ventricle ends at this share of the way to the apex
 
-# %% ../../nbs/02_virtual.heart.ipynb #d17a4de1
+# %% ../../nbs/02_virtual.heart.ipynb #2c878536
 def rv_profile(x:ndarray) -> ndarray: # width relative to that at the base
     "Width of the right ventricle from the tricuspid plane (x=0) to its apex (x=1)."
     x = np.clip(x, 0, 1)
@@ -287,7 +287,7 @@ def rv_width(volume:ndarray,  # target volumes (n,), mL
     p, q = (ro*f).sum((1,2))*ds*dphi, (.5*f*f).sum()*ds*dphi
     return (-p + np.sqrt(p*p + 4*q*volume*1000))/(2*q)
 
-# %% ../../nbs/02_virtual.heart.ipynb #eb7ea188
+# %% ../../nbs/02_virtual.heart.ipynb #9ad77e4e
 @dataclass
 class Geometry:
     "A beating heart, ready to be cut by a plane: heights from the mitral plane at rest towards the apex, mm; curves `(n,)`."
@@ -306,7 +306,7 @@ class Geometry:
     ra:tuple           # right atrium, likewise
     aorta:ndarray      # area of the descending aorta, mm²
 
-# %% ../../nbs/02_virtual.heart.ipynb #4499f5c0
+# %% ../../nbs/02_virtual.heart.ipynb #6f3066c5
 def atrium(volume:ndarray, # curve (n,), mL
            plane:ndarray,  # height of its valve plane (n,), mm
           ) -> tuple:      # semi-axes along and across the long axis (n,), mm
