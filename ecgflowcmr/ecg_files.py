@@ -7,7 +7,7 @@ __all__ = ['MAX_SECONDS', 'MAX_SAMPLES', 'MIMIC_LEADS', 'READERS', 'number', 'ye
            'check_size', 'is_dicom', 'read_dicom', 'wfdb_header', 'is_wfdb', 'read_wfdb', 'write_wfdb', 'declared',
            'check_declared', 'is_table', 'rate_of', 'read_table', 'is_npy', 'read_npy', 'is_packed', 'refuse_packed']
 
-# %% ../nbs/00c_ecg_files.ipynb #c4075e32
+# %% ../nbs/00c_ecg_files.ipynb #f9d3bad8
 import json, os, re, tempfile
 from contextlib import contextmanager
 from datetime import date, datetime
@@ -19,7 +19,7 @@ import wfdb
 from pydicom.waveforms import multiplex_array
 from .ecg import DataError, ECG, FROM_I_II, LEADS, first_bytes, lead_name, to_mv
 
-# %% ../nbs/00c_ecg_files.ipynb #2dc1180c
+# %% ../nbs/00c_ecg_files.ipynb #ccdacdd7
 _SEX = dict(m='M', male='M', man='M', f='F', female='F', woman='F')
 
 def number(text) -> float: # or None
@@ -34,7 +34,7 @@ def years(text) -> float: # or None
     n = None if n is None else n / dict(y=1, a=1, m=12, w=52.18, d=365.25).get(unit, np.inf)
     return round(n, 2) if n and 0 < n < 120 else None
 
-# %% ../nbs/00c_ecg_files.ipynb #fdb6206e
+# %% ../nbs/00c_ecg_files.ipynb #bc9c051c
 def iso(*parts) -> str: # year, month, day, hour, minute, second; or one text of digits such as '20221122091000'
     "A date and time as ISO 8601; '' when the file does not say one."
     if len(parts) == 1:
@@ -50,7 +50,7 @@ def age_at(birth:str, day:str) -> float: # or None; both as `iso` writes them
     b,d = date.fromisoformat(birth[:10]),date.fromisoformat(day[:10])
     return years(d.year - b.year - ((d.month,d.day) < (b.month,b.day)))
 
-# %% ../nbs/00c_ecg_files.ipynb #fe2bfbcc
+# %% ../nbs/00c_ecg_files.ipynb #0ae50e44
 _READER = re.compile(r'(?i)\b(?:confirmed|reviewed|referred|read|edited|signed|requested|ordered|dictated)\W+by\b|\bphysician|\bdr\b|\bm\.?d\b|\b(?:patient|name|id|mrn|technician|operator)\s*[:=#]')
 
 def about(kind,          # the format
@@ -67,7 +67,7 @@ def about(kind,          # the format
     return dict(format=kind, sex=_SEX.get(str(sex or '').strip().lower(), ''), age=years(age), date=when, filters=numbers(filters),
                 measured=numbers(measured), statements=[o for o in said if o.strip('- ') not in ('', 'None') and not _READER.search(o)])
 
-# %% ../nbs/00c_ecg_files.ipynb #ca65d7e5
+# %% ../nbs/00c_ecg_files.ipynb #ebcd8d8a
 def cut_calibration(mv:np.ndarray, # `(channels, n)` millivolt, as stored (before leads are derived)
                     fs:float,      # Hz
                    ):              # the record without a calibration pulse at its beginning or end
@@ -79,7 +79,7 @@ def cut_calibration(mv:np.ndarray, # `(channels, n)` millivolt, as stored (befor
     pulse = lambda x: x.shape[1] >= .1*fs and np.ptp(x[0]) > .2
     return mv[:, a*pulse(mv[:,:a]):b if pulse(mv[:,b:]) else None]
 
-# %% ../nbs/00c_ecg_files.ipynb #6515ff5c
+# %% ../nbs/00c_ecg_files.ipynb #6f1909bf
 MAX_SECONDS,MAX_SAMPLES = 2400,24_000_000  # of a record; more would not be a resting ECG, and memory is bounded
 
 def check_size(channels:int, n:int, fs:float, name=None):
@@ -88,7 +88,7 @@ def check_size(channels:int, n:int, fs:float, name=None):
     if n/float(fs) > MAX_SECONDS or channels*n > MAX_SAMPLES:
         raise DataError(f'{channels} x {n:,} samples at {float(fs):g} Hz are more than {MAX_SECONDS//60} minutes of an ECG', name, 'length', 'Cut the record into strips of ten seconds or some minutes')
 
-# %% ../nbs/00c_ecg_files.ipynb #67fee334
+# %% ../nbs/00c_ecg_files.ipynb #0bbe87e7
 def _channel_label(ch, name=None):
     "The lead that a DICOM channel says it is: by the code, its meaning, or else the free label."
     src = (ch.get('ChannelSourceSequence') or [{}])[0]
@@ -104,7 +104,7 @@ def _channel_mv(ch, raw, label, name=None):
     gain = float(ch.ChannelSensitivity) * float(ch.get('ChannelSensitivityCorrectionFactor') or 1)
     return (raw*gain + float(ch.get('ChannelBaseline') or 0)) * to_mv(unit, name, label)
 
-# %% ../nbs/00c_ecg_files.ipynb #831d18bf
+# %% ../nbs/00c_ecg_files.ipynb #07a99caa
 _DEPTH = {(8,'SB'): 'i1', (8,'UB'): 'u1', (16,'SS'): '<i2', (16,'US'): '<u2', (32,'SL'): '<i4', (32,'UL'): '<u4'}
 
 def _group_samples(ds, i, name=None):
@@ -120,7 +120,7 @@ def _group_samples(ds, i, name=None):
     real = np.flatnonzero(~np.isnan(raw).all(0))
     return raw[:,real[0]:real[-1]+1] if len(real) else raw
 
-# %% ../nbs/00c_ecg_files.ipynb #503a0314
+# %% ../nbs/00c_ecg_files.ipynb #5b4f73c6
 def _group_rank(g, labels):
     "How much of a 12-lead strip of 10 s a group holds, derived leads included; then its length."
     have,seconds = {lead_name(o) for o in labels} - {None},int(g.NumberOfWaveformSamples)/float(g.SamplingFrequency)
@@ -150,7 +150,7 @@ def _dicom_about(ds, ch, label):
     filters = dict(highpass_hz=ch.get('FilterLowFrequency'), lowpass_hz=ch.get('FilterHighFrequency'), notch_hz=ch.get('NotchFilterFrequency'))
     return dict(about('DICOM', ds.get('PatientSex'), ds.get('PatientAge') or age_at(iso(ds.get('PatientBirthDate')), when), when, filters, *_dicom_measured(ds)), group=label)
 
-# %% ../nbs/00c_ecg_files.ipynb #1e813c7f
+# %% ../nbs/00c_ecg_files.ipynb #7a35c962
 _TAGS = ['WaveformSequence', 'WaveformAnnotationSequence', 'Modality', 'PatientSex', 'PatientAge', 'PatientBirthDate', 'AcquisitionDateTime', 'AcquisitionDate', 'AcquisitionTime', 'StudyDate']
 
 def _dataset(path):
@@ -160,7 +160,7 @@ def _dataset(path):
     if deflated and path.stat().st_size > 500_000: raise DataError('is deflated, and could unpack to anything', path, 'Transfer Syntax UID', 'Store it uncompressed (dcmconv +te)')
     return pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=_TAGS)
 
-# %% ../nbs/00c_ecg_files.ipynb #d3bbac30
+# %% ../nbs/00c_ecg_files.ipynb #36814ae1
 def read_dicom(path:Path): # labels, `(channels, n)` millivolt, rate, meta
     "The 12-lead group of a DICOM waveform file of any vendor."
     ds = _dataset(path)
@@ -177,7 +177,7 @@ def read_dicom(path:Path): # labels, `(channels, n)` millivolt, rate, meta
     meta = _dicom_about(ds, g.ChannelDefinitionSequence[(use or [0])[0]] if labels[i] else {}, str(g.get('MultiplexGroupLabel') or i)[:64])
     return [*(labels[i][k] for k in use), *rest], cut_calibration(mv, fs), fs, meta
 
-# %% ../nbs/00c_ecg_files.ipynb #9dbe464a
+# %% ../nbs/00c_ecg_files.ipynb #900cfa38
 _WFDB_HEAD = re.compile(rb'(?:[ \t]*(?:#[^\n]*)?\r?\n)*[\w.-]+(?:/\d+)?[ \t]+\d+(?:[ \t]+[\d.][^\n\0]*)?\r?(?:\n|$)')
 _BYTES = {'8': 1, '16': 2, '24': 3, '32': 4, '61': 2, '80': 1, '160': 2, '212': 1.5, '310': 4/3, '311': 4/3}  # a sample, by WFDB format
 
@@ -191,7 +191,7 @@ def is_wfdb(path:Path, head:bytes) -> bool:
     "A WFDB header, a file that the header beside it names, or a record name."
     return wfdb_header(path, head) is not None
 
-# %% ../nbs/00c_ecg_files.ipynb #7f89c281
+# %% ../nbs/00c_ecg_files.ipynb #132a581f
 def _check_header(rec, header):
     "Refuse a header that is cut off, of several segments, or that asks for too much."
     if not isinstance(rec, wfdb.Record): raise DataError('is a record of several segments', header, remedy='Give the header of one segment')
@@ -213,7 +213,7 @@ def _check_samples(rec, header, use):
         if size < want: raise DataError(f'{name} has {size:,} bytes, its header promises {want:,}', header, remedy='The file is half-written: copy it again')
     check_size(rec.n_sig*max(rec.samps_per_frame), rec.sig_len or 0, rec.fs, header)
 
-# %% ../nbs/00c_ecg_files.ipynb #2bdd63d8
+# %% ../nbs/00c_ecg_files.ipynb #d450922e
 def _surplus(rec, header, name):
     "Bytes that a sample file holds beyond what its header promises (one may be padding)."
     mine = [k for k,o in enumerate(rec.file_name) if o == name]
@@ -241,7 +241,7 @@ def _wfdb_record(header):
             if o == os.path.basename(o) and o != 'record.hea' and (header.parent/o).is_file(): os.symlink((header.parent/o).resolve(), f'{d}/{o}')
         yield f'{d}/record'
 
-# %% ../nbs/00c_ecg_files.ipynb #b00e4fc7
+# %% ../nbs/00c_ecg_files.ipynb #2b0cb460
 def _said(comments, key):
     "What a header's comments say of `key` ('Age: 78')."
     return next((m[1].strip() for o in comments or [] if (m := re.match(rf'\W*{key}\s*:\s*(.*)', o, re.I))), '')
@@ -266,7 +266,7 @@ def read_wfdb(path:Path): # labels, `(channels, n)` millivolt, rate, meta
     mv = rec.dac().T * [[to_mv(u, path, o)] for u,o in zip(rec.units, rec.sig_name)]
     return [*rec.sig_name, *rest], cut_calibration(mv, fs), fs, meta
 
-# %% ../nbs/00c_ecg_files.ipynb #63cc2b2a
+# %% ../nbs/00c_ecg_files.ipynb #5d96840e
 MIMIC_LEADS = ('I', 'II', 'III', 'aVR', 'aVF', 'aVL', 'V1', 'V2', 'V3', 'V4', 'V5', 'V6')
 
 def write_wfdb(path,               # the record, without a suffix
@@ -283,7 +283,7 @@ def write_wfdb(path,               # the record, without a suffix
                 base_time=date and date.time(), base_date=date and date.date(), write_dir=str(path.parent))
     return path
 
-# %% ../nbs/00c_ecg_files.ipynb #1176c1e4
+# %% ../nbs/00c_ecg_files.ipynb #a5a2217b
 _KEYS = dict(fs='fs', rate='fs', sampling_rate='fs', sample_rate='fs', frequency='fs', unit='unit', units='unit', leads='leads', sex='sex', age='age', date='date')
 
 def declared(path:Path, comments='') -> dict: # fs, unit, leads, sex, age, date as far as declared
@@ -302,7 +302,7 @@ def declared(path:Path, comments='') -> dict: # fs, unit, leads, sex, age, date 
             said[k] = v
     return said
 
-# %% ../nbs/00c_ecg_files.ipynb #dcd1e103
+# %% ../nbs/00c_ecg_files.ipynb #3a84ea9c
 def check_declared(path:Path, said:dict, fs=None, units=()): # rate, and the factor to millivolt of each channel
     "The declared rate and unit, or the refusal that shows what to write."
     side = path.with_suffix('.json').name
@@ -315,7 +315,7 @@ def check_declared(path:Path, said:dict, fs=None, units=()): # rate, and the fac
         raise DataError('is not declared', path, 'unit', f'Write "# fs={rate:g} unit=mV" (or unit=uV) as the first line, or {{"fs": {rate:g}, "unit": "mV"}} into {side} beside it')
     return rate, [[to_mv(u, path, k)] for k,u in enumerate(units)]
 
-# %% ../nbs/00c_ecg_files.ipynb #245c8b60
+# %% ../nbs/00c_ecg_files.ipynb #129b9777
 _TIMES = {f'{a}{b}': f for a in ('', 't', 'time') for f,bs in ((1, ('s', 'sec', 'second', 'seconds')), (1e-3, ('ms', 'msec', 'milliseconds')), (1e-6, ('us', 'microseconds'))) for b in bs}
 
 def _fields(line): # the fields of a row, and what separates them
@@ -332,6 +332,7 @@ def _first_row(text):
     k = next((k for k,o in enumerate(lines) if o.strip() and not o.lstrip().startswith('#')), len(lines))
     return '\n'.join(lines[:k]), (lines[k] if k < len(lines) else ''), k
 
+# %% ../nbs/00c_ecg_files.ipynb #3c36d6c3
 def _text(data:bytes): # the text, its encoding; text None for what is none
     "UTF-8, or else what Windows writes in western Europe (`uV` with a Greek letter)."
     try: text,enc = data.decode('utf-8-sig'),'utf-8-sig'
@@ -347,7 +348,7 @@ def is_table(path:Path, head:bytes) -> bool:
     fields,_ = _fields(_first_row(text)[1])
     return len({_column_lead(o) for o in fields} - {None}) >= 2 or sum(number(o) is not None for o in fields) >= 8
 
-# %% ../nbs/00c_ecg_files.ipynb #002922f7
+# %% ../nbs/00c_ecg_files.ipynb #a25df46b
 def rate_of(t:np.ndarray, # seconds, one a sample
             name=None) -> float: # Hz
     "The rate of an evenly sampled time column."
@@ -364,7 +365,7 @@ def _time_of(path, labels, x, said):
     if at is not None: return rate_of(x[at]*_TIMES[re.sub('[^a-z]', '', labels[at].lower())], path)
     if 'fs' not in said and any(o.lower() in ('time', 't') for o in labels): raise DataError('has no unit', path, 'time column', 'Name it time_s or time_ms')
 
-# %% ../nbs/00c_ecg_files.ipynb #1a727329
+# %% ../nbs/00c_ecg_files.ipynb #455565e6
 def _columns(path, said, labels): # names of the columns, and whether the first row holds them
     "The names in the first row, or those that the JSON side file declares for a table of numbers alone."
     if len(labels) > 256: raise DataError(f'has {len(labels)} columns', path, 'first row', 'Keep one column a lead')
@@ -380,6 +381,7 @@ def _rows(path, enc, first, sep): # `(columns, samples)`
         try: return np.loadtxt(rows, delimiter=sep, comments='#', quotechar='"', ndmin=2).T
         except ValueError as e: raise DataError(f'{e}', path, 'table', 'Write one number for every lead in every row') from None
 
+# %% ../nbs/00c_ecg_files.ipynb #b2cda400
 def read_table(path:Path): # labels, `(channels, n)` millivolt, rate, meta
     "A CSV with the leads' names in its first row, rate and unit declared."
     if path.stat().st_size > 32<<20: raise DataError(f'{path.stat().st_size:,} bytes are too many for an ECG as text', path, remedy='Cut it into shorter strips')
@@ -390,12 +392,12 @@ def read_table(path:Path): # labels, `(channels, n)` millivolt, rate, meta
     x = _rows(path, enc, k + head, sep)
     if len(x) != len(labels): raise DataError(f'{len(labels)} names, but {len(x)} numbers a row', path, 'table', 'Write one number for every lead in every row')
     leads = [k for k,o in enumerate(labels) if _column_lead(o)]
-    fs,factor = check_declared(path, said, _time_of(path, labels, x, said), [(re.search(r'[(\[]\s*(\S{1,20}?)\s*[)\]]$', labels[k]) or [0,''])[1] for k in leads])
+    fs,factor = check_declared(path, said, _time_of(path, labels, x, said), [(re.search(r'(?i)[(\[]\s*([mnuµμ]?v)\s*[)\]]$', labels[k]) or [0,''])[1] for k in leads])
     check_size(len(leads), x.shape[1], fs, path)
     names = [_column_lead(labels[k]) for k in leads] + [o for k,o in enumerate(labels) if k not in leads]
     return names, cut_calibration(x[leads]*factor, fs), fs, about('CSV', said.get('sex'), said.get('age'), iso(said.get('date')))
 
-# %% ../nbs/00c_ecg_files.ipynb #7d72f07d
+# %% ../nbs/00c_ecg_files.ipynb #f8c5ae40
 def is_npy(path:Path, head:bytes) -> bool:
     "numpy's own format."
     return head[:6] == b'\x93NUMPY'
@@ -415,7 +417,7 @@ def read_npy(path:Path): # labels, `(channels, n)` millivolt, rate, meta
     check_size(*x.shape, fs, path)
     return leads, cut_calibration(np.asarray(x, float)*factor, fs), fs, about('npy', said.get('sex'), said.get('age'), iso(said.get('date')))
 
-# %% ../nbs/00c_ecg_files.ipynb #82e4469f
+# %% ../nbs/00c_ecg_files.ipynb #72133c2e
 _PACKED = {b'\x1f\x8b': 'gzip', b'PK\x03\x04': 'zip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'\x28\xb5\x2f\xfd': 'zstd', b'7z\xbc\xaf': '7z'}
 
 def _packer(head): return next((o for m,o in _PACKED.items() if head.startswith(m)), None)
@@ -428,5 +430,5 @@ def refuse_packed(path:Path):
     "Ask for what is inside."
     raise DataError(f'is packed ({_packer(first_bytes(path))})', path, remedy='Unpack it and give the file inside')
 
-# %% ../nbs/00c_ecg_files.ipynb #854e6eb2
+# %% ../nbs/00c_ecg_files.ipynb #697085e8
 READERS = [(is_packed, refuse_packed), (is_npy, read_npy), (is_table, read_table), (is_dicom, read_dicom), (is_wfdb, read_wfdb)]  # recogniser(path, head) -> bool; reader(path) -> labels, mv, fs, meta

@@ -8,7 +8,7 @@ __all__ = ['MAX_BYTES', 'MAX_MARKS', 'ROOTS', 'READERS', 'xml_encoding', 'parse_
            'lzw', 'second_differences', 'xli', 'philips_limbs', 'philips_residuals', 'are_residuals', 'read_sierra',
            'write_sierra', 'read_aecg', 'write_aecg', 'is_xml', 'read_xml']
 
-# %% ../nbs/00d_ecg_xml.ipynb #faffdd85
+# %% ../nbs/00d_ecg_xml.ipynb #ac504755
 import base64, re, warnings, zlib
 from datetime import date, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from .ecg import DataError, ECG, FROM_I_II, LEADS, lead_name, to_mv
 from .ecg_files import about, age_at, check_size, cut_calibration, iso, number
 from .files import atomic_write
 
-# %% ../nbs/00d_ecg_xml.ipynb #f5c19be3
+# %% ../nbs/00d_ecg_xml.ipynb #ff8c9ab0
 MAX_BYTES,MAX_MARKS = 32<<20,300_000  # of a file; elements and attributes in it (real ones have up to 5,000)
 _MARKS = ((b'\xef\xbb\xbf', 'utf-8'), (b'\xff\xfe', 'utf-16-le'), (b'\xfe\xff', 'utf-16-be'))
 _ENCODINGS = re.compile(r'(?i)utf-?8|us-ascii|ascii|iso-?8859-?\d+|latin-?\d|windows-\d+|cp\d+|gbk?|gb2312|gb18030|big5|shift_jis|euc-(?:jp|kr)|koi8-[ru]')
@@ -36,7 +36,7 @@ def xml_encoding(data:bytes, name=None) -> tuple: # bytes of the byte order mark
     if not _ENCODINGS.fullmatch(enc): raise DataError(f'encoding {enc!r} is not known here', name, 'XML', 'Save it as UTF-8')
     return 0, enc
 
-# %% ../nbs/00d_ecg_xml.ipynb #5d63cd8c
+# %% ../nbs/00d_ecg_xml.ipynb #2f504320
 def _weigh(text, name=None):
     "Refuse what could grow in memory or reach out of the file."
     if '<!ENTITY' in text: raise DataError('declares entities', name, 'XML', 'No ECG needs them: do not trust this file')
@@ -60,7 +60,7 @@ def parse_xml(path:Path) -> Element: # the root; names without namespaces
         if any(o[0] == '{' for o in e.attrib): e.attrib = {k.rpartition('}')[2]: v for k,v in e.attrib.items()}
     return root
 
-# %% ../nbs/00d_ecg_xml.ipynb #8ca1b47b
+# %% ../nbs/00d_ecg_xml.ipynb #4e7eff57
 def need(e, path:str, name=None, what='') -> float:
     "The number at `path` below element `e`, or in its attribute (`@name`)."
     text = e.get(path[1:]) if path[0] == '@' else e.findtext(path)
@@ -77,7 +77,7 @@ def values(text, name=None, label='') -> np.ndarray:
             except (ValueError, DeprecationWarning): continue
     raise DataError('its samples are not all numbers' if text else 'holds no samples', name, f'lead {label}', 'The file is damaged or incomplete: export it again')
 
-# %% ../nbs/00d_ecg_xml.ipynb #13da687e
+# %% ../nbs/00d_ecg_xml.ipynb #ab4f6329
 def stack(rows:dict, name=None) -> np.ndarray: # lead -> samples
     "Leads of one length as `(leads, n)`."
     lengths = sorted({len(o) for o in rows.values()})
@@ -101,7 +101,7 @@ def fullness(labels, seconds):
     if {'I','II'} <= have: have |= set(FROM_I_II)
     return len(have)*min(seconds, 10), seconds
 
-# %% ../nbs/00d_ecg_xml.ipynb #af2346d9
+# %% ../nbs/00d_ecg_xml.ipynb #94793e6d
 _GAINS = {'uvperlsb': 1e-3, 'mvperlsb': 1., 'nvperlsb': 1e-6}
 _EXERCISE = ('FullDisclosure', 'Protocol', 'TrendData', 'ExerciseMeasurements')
 
@@ -118,7 +118,7 @@ def _cardiosoft_strip(strip, name=None): # labels, `(leads, n)` millivolt, rate
     check_size(*mv.shape, fs, name)
     return leads_first([o for o,_ in waves]), mv*(gain*_GAINS[unit.lower()]), fs
 
-# %% ../nbs/00d_ecg_xml.ipynb #f27b7f0c
+# %% ../nbs/00d_ecg_xml.ipynb #99427715
 _CARDIOSOFT = dict(rate_bpm='VentricularRate', pr_ms='PQInterval', p_ms='PDuration', qrs_ms='QRSDuration', qt_ms='QTInterval', qtc_ms='QTCInterval', p_axis='PAxis', qrs_axis='RAxis', t_axis='TAxis')
 
 def _when(e, clock=('Hour', 'Minute', 'Second')):
@@ -135,7 +135,7 @@ def _cardiosoft_about(root):
     said = [e.text for o in ('Diagnosis/DiagnosisText', 'Conclusion/ConclusionText') for e in root.findall(f'Interpretation/{o}')]
     return about('CardioSoft XML', text('PatientInfo/Gender'), age, when, filters, {k: text(f'RestingECGMeasurements/{o}') for k,o in _CARDIOSOFT.items()}, dict.fromkeys(said))
 
-# %% ../nbs/00d_ecg_xml.ipynb #1df54a54
+# %% ../nbs/00d_ecg_xml.ipynb #154485a1
 def read_cardiosoft(root, name=None): # labels, `(leads, n)` millivolt, rate, meta
     "A GE CardioSoft resting ECG (UK Biobank field 20205)."
     kind = (root.findtext('ObservationType') or '').strip()
@@ -149,7 +149,7 @@ def read_cardiosoft(root, name=None): # labels, `(leads, n)` millivolt, rate, me
     labels,mv,fs = max((_cardiosoft_strip(e, name) for e in strips), key=lambda o: fullness(o[0], o[1].shape[1]/o[2]))
     return labels, cut_calibration(mv, fs), fs, _cardiosoft_about(root)
 
-# %% ../nbs/00d_ecg_xml.ipynb #e7fff78f
+# %% ../nbs/00d_ecg_xml.ipynb #46a6e087
 def _element(parent, path, text='', **attributes):
     "Append the elements of `path` that are missing, then the last one."
     *above,last = path.split('/')
@@ -173,7 +173,7 @@ def _samples(parent, mv, resolution, fs):
         _element(parent, path, v, **({'units': units} if units else {}))
     for lead,row in zip(LEADS, np.rint(1000*mv/resolution).astype(int).tolist()): _element(parent, 'WaveformData', ','.join(map(str, row)), lead=lead)
 
-# %% ../nbs/00d_ecg_xml.ipynb #235138e0
+# %% ../nbs/00d_ecg_xml.ipynb #56dff7e6
 def write_cardiosoft(path,               # the file
                      ecg,                # an `ECG`, or `(12, n)` millivolt at 500 Hz
                      sex='',             # 'M', 'F' or ''
@@ -199,7 +199,7 @@ def write_cardiosoft(path,               # the file
     _samples(SubElement(SubElement(root, 'Strip') if nested else root, 'StripData'), mv, resolution, 500)
     _save(path, root, 'ISO8859-1')
 
-# %% ../nbs/00d_ecg_xml.ipynb #92a131e5
+# %% ../nbs/00d_ecg_xml.ipynb #57f4bdef
 def _muse_lead(lead, name=None): # label, millivolt, stored CRC, CRC
     "One `LeadData` element."
     label = (lead.findtext('LeadID') or '?').strip()
@@ -219,7 +219,7 @@ def _check_crc(leads, name=None):
     bad = [label for label,_,a,b in leads if a and a != b and stored.count(a) == 1]
     if bad and any(a == b for _,_,a,b in leads): raise DataError('differs from its checksum', name, f'lead {", ".join(bad)}', 'The samples are damaged: export the file again')
 
-# %% ../nbs/00d_ecg_xml.ipynb #5ae0234d
+# %% ../nbs/00d_ecg_xml.ipynb #72be22ff
 def _muse_strip(wave, name=None): # labels, `(leads, n)` millivolt, rate
     "One `Waveform` element."
     fs = need(wave, 'SampleBase', name) * 10**min(max(number(wave.findtext('SampleExponent')) or 0, -9), 9)
@@ -232,7 +232,7 @@ def _muse_strip(wave, name=None): # labels, `(leads, n)` millivolt, rate
     check_size(len(leads), max((len(o[1]) for o in leads), default=0), fs, name)
     return leads_first(labels), stack({o[0]: o[1] for o in leads}, name), fs
 
-# %% ../nbs/00d_ecg_xml.ipynb #b8848f13
+# %% ../nbs/00d_ecg_xml.ipynb #9e7d6a74
 _MUSE = dict(rate_bpm='VentricularRate', pr_ms='PRInterval', qrs_ms='QRSDuration', qt_ms='QTInterval', qtc_ms='QTCorrected', p_axis='PAxis', qrs_axis='RAxis', t_axis='TAxis')
 
 def _muse_about(root, wave):
@@ -255,7 +255,7 @@ def read_muse(root, name=None): # labels, `(leads, n)` millivolt, rate, meta
     labels,mv,fs,e = max(strips, key=lambda o: fullness(o[0], o[1].shape[1]/o[2]))
     return labels, cut_calibration(mv, fs), fs, _muse_about(root, e)
 
-# %% ../nbs/00d_ecg_xml.ipynb #c41884dc
+# %% ../nbs/00d_ecg_xml.ipynb #313a8830
 def write_muse(path,                                                # the file
                ecg,                                                 # an `ECG`, or `(12, n)` millivolt at 500 Hz
                sex='',                                              # 'M', 'F' or ''
@@ -275,7 +275,7 @@ def write_muse(path,                                                # the file
                         ('LeadDataCRC32', zlib.crc32(data)), ('WaveFormData', base64.b64encode(data).decode())): _element(e, o, v)
     _save(path, root)
 
-# %% ../nbs/00d_ecg_xml.ipynb #0c0c336c
+# %% ../nbs/00d_ecg_xml.ipynb #1393901f
 def unlzw(data:bytes, # codes of ten bits, most significant bit first
           most:int,   # bytes that may come out
           name=None) -> bytes:
@@ -297,7 +297,7 @@ def unlzw(data:bytes, # codes of ten bits, most significant bit first
     if size > most: raise DataError(f'a lead unpacks to {size:,} bytes, at most {most:,} are promised', name, 'parsedwaveforms', 'The samples are damaged: export the file again')
     return b''.join(out) + b''.join([table[c] for c in rest.tolist()])
 
-# %% ../nbs/00d_ecg_xml.ipynb #c43c2943
+# %% ../nbs/00d_ecg_xml.ipynb #a724f9a1
 def unxli(data:bytes, # chunks of: length (4 bytes), two bytes, start value (2 bytes), codes
           leads:int,  # how many
           n:int,      # samples of each
@@ -316,7 +316,7 @@ def unxli(data:bytes, # chunks of: length (4 bytes), two bytes, start value (2 b
         at += 8 + size
     return np.stack(out)
 
-# %% ../nbs/00d_ecg_xml.ipynb #9b6fa5b8
+# %% ../nbs/00d_ecg_xml.ipynb #0e24e4bc
 def lzw(data:bytes) -> bytes: # codes of ten bits
     "What `unlzw` undoes."
     table,word,codes = {bytes([k]): k for k in range(256)},b'',[]
@@ -345,7 +345,7 @@ def xli(x:np.ndarray, # `(leads, n)` integers
         chunks.append(len(codes).to_bytes(4, 'little') + b'\0\0' + int(e[0]).to_bytes(2, 'little', signed=True) + codes)
     return b''.join(chunks)
 
-# %% ../nbs/00d_ecg_xml.ipynb #d1412588
+# %% ../nbs/00d_ecg_xml.ipynb #a012661e
 def philips_limbs(x:np.ndarray, # `(12, n)` integers in the standard order
                  ):
     "Limb leads from I, II and the four residuals."
@@ -365,7 +365,7 @@ def are_residuals(x:np.ndarray) -> bool: # `(12, n)` integers
     wrong = lambda y: np.median(abs(y[0] + y[2] - y[1]))
     return wrong(x) > 2 and wrong(philips_limbs(x)) <= 2
 
-# %% ../nbs/00d_ecg_xml.ipynb #a36d368e
+# %% ../nbs/00d_ecg_xml.ipynb #2f06b2a8
 def _sierra_labels(root, waves, name=None):
     "The leads of a Sierra file: as it lists them, or the standard twelve of its electrode set."
     said = (waves.get('leadlabels') or '').split()
@@ -390,7 +390,7 @@ def _sierra_samples(waves, leads, n, name=None): # `(leads, n)` integers
     if len(x) < leads*n: raise DataError(f'{len(x):,} samples, {leads} x {n:,} are promised', name, 'parsedwaveforms', 'The file is damaged: export it again')
     return x[:leads*n].reshape(leads, n)
 
-# %% ../nbs/00d_ecg_xml.ipynb #778af078
+# %% ../nbs/00d_ecg_xml.ipynb #4452ed4f
 _SIERRA = dict(rate_bpm='meanventrate', pr_ms='meanprint', qrs_ms='meanqrsdur', qt_ms='meanqtint', qtc_ms='meanqtc', p_axis='pfrontaxis', qrs_axis='qrsfrontaxis', t_axis='tfrontaxis')
 
 def _sierra_about(root):
@@ -420,7 +420,7 @@ def read_sierra(root, name=None): # labels, `(leads, n)` millivolt, rate, meta
     if tuple(map(lead_name, labels[:6])) == LEADS[:6] and are_residuals(x): x = philips_limbs(x)
     return labels, cut_calibration(x*gain, fs), fs, _sierra_about(root)
 
-# %% ../nbs/00d_ecg_xml.ipynb #a92ff968
+# %% ../nbs/00d_ecg_xml.ipynb #25d95eee
 def write_sierra(path,            # the file
                  ecg,             # an `ECG`, or `(12, n)` millivolt at 500 Hz
                  sex='',          # 'M', 'F' or ''
@@ -442,7 +442,7 @@ def write_sierra(path,            # the file
     _element(root, 'waveforms/parsedwaveforms', base64.b64encode(data).decode(), dataencoding='Base64', durationperchannel=str(2*x.shape[1]), **how)
     _save(path, root, 'utf-16' if new else 'utf-8')
 
-# %% ../nbs/00d_ecg_xml.ipynb #41dda159
+# %% ../nbs/00d_ecg_xml.ipynb #5f5cbe46
 def _quantity(e, path, name=None, what=''): # value, unit
     "A physical quantity: value and unit of the element at `path`."
     q = e.find(path)
@@ -469,7 +469,7 @@ def _aecg_set(seqs, name=None): # labels, `(leads, n)` millivolt, rate; or None 
     if rows and fs is None: raise DataError('has no time sequence, so no rate', name, 'sequenceSet', 'Export with TIME_ABSOLUTE or TIME_RELATIVE')
     return rows and (list(rows), rows, round(fs) if abs(fs - round(fs)) < 1e-6*fs else fs)
 
-# %% ../nbs/00d_ecg_xml.ipynb #903e6752
+# %% ../nbs/00d_ecg_xml.ipynb #069d8c86
 def _aecg_filters(series):
     "Filter corners of a series' control variables."
     found = {}
@@ -479,6 +479,7 @@ def _aecg_filters(series):
         if key: found[key] = next((v.get('value') for v in e.iter('value') if (v.get('unit') or '').lower() == 'hz'), None)
     return found
 
+# %% ../nbs/00d_ecg_xml.ipynb #290363f4
 _AECG = {f'MDC_ECG_{o}': k for o,k in (('HEART_RATE', 'rate_bpm'), ('TIME_PD_PR', 'pr_ms'), ('TIME_PD_P', 'p_ms'), ('TIME_PD_QRS', 'qrs_ms'), ('TIME_PD_QT', 'qt_ms'), ('TIME_PD_QTc', 'qtc_ms'),
                                        ('ANGLE_P_FRONT', 'p_axis'), ('ANGLE_QRS_FRONT', 'qrs_axis'), ('ANGLE_T_FRONT', 't_axis'))}
 
@@ -500,6 +501,7 @@ def _aecg_about(root, series):
     age = f"{ages[0].get('value')} {ages[0].get('unit') or ''}" if ages else age_at(iso(person('birthTime', 'value')), when)
     return about('HL7 aECG', person('administrativeGenderCode', 'code'), age, when, _aecg_filters(series), _aecg_measured(series))
 
+# %% ../nbs/00d_ecg_xml.ipynb #2237c4b9
 def read_aecg(root, name=None): # labels, `(leads, n)` millivolt, rate, meta
     "The rhythm series of an HL7 annotated ECG."
     kinds = [('' if s.find('code') is None else s.find('code').get('code') or '', s) for s in root.iter('series')]
@@ -512,7 +514,7 @@ def read_aecg(root, name=None): # labels, `(leads, n)` millivolt, rate, meta
     check_size(len(rows), max(map(len, rows.values()), default=0), fs, name)
     return leads_first(labels), cut_calibration(stack(rows, name), fs), fs, _aecg_about(root, series)
 
-# %% ../nbs/00d_ecg_xml.ipynb #31ed240a
+# %% ../nbs/00d_ecg_xml.ipynb #71905d8c
 def write_aecg(path,              # the file
                ecg,               # an `ECG`, or `(12, n)` millivolt at 500 Hz
                sex='',            # 'M', 'F' or ''
@@ -541,7 +543,7 @@ def write_aecg(path,              # the file
         _element(e, 'digits', ' '.join(map(str, np.rint(mv[LEADS.index(lead)]/.0025).astype(int).tolist())))
     _save(path, root)
 
-# %% ../nbs/00d_ecg_xml.ipynb #d5074d6e
+# %% ../nbs/00d_ecg_xml.ipynb #6cf0b985
 ROOTS = dict(CardiologyXML=read_cardiosoft, RestingECG=read_muse, restingecgdata=read_sierra, AnnotatedECG=read_aecg)  # by the root element
 
 def is_xml(path:Path, head:bytes) -> bool:

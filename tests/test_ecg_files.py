@@ -287,6 +287,12 @@ def test_sierra_as_its_library_reads_it(fixtures, name):
     got = np.rint(read_ecg(fixtures/'ecg/sierra'/name).mv/.005)
     assert (got == ref[:,:got.shape[1]]).all()
 
+def test_the_library_reads_what_is_written(rest, tmp_path):
+    sierraecg = pytest.importorskip('sierraecg', reason='the reference reader of Philips files is not installed')
+    write_sierra(tmp_path/'s.xml', rest)
+    x = np.array([o.samples for o in sierraecg.read_file(str(tmp_path/'s.xml')).leads])
+    assert x.shape == (12, 5200) and abs(x[:,:5000]*.005 - rest.mv).max() < .00251
+
 def test_no_identifiers_in_meta(fixtures):
     files = [*fixtures.glob('ecg/muse/*.xml'), *fixtures.glob('ecg/hl7/*.xml'), *fixtures.glob('ecg/sierra/*.[xX][mM][lL]'), *fixtures.glob('ecg/cinc2021/*.hea'), fixtures/'ecg/ptb/s0010_re.hea']
     for f in files:

@@ -103,14 +103,16 @@ class TooSlow(BaseException): "Not an Exception: no reader may catch it."
 
 def alarm(*_): raise TooSlow
 
-def attempt(path, read_ecg, DataError):
-    "'read', 'refused', or what went wrong; and the seconds it took."
+def attempt(path, read_ecg, DataError, whole=None):
+    "'read', 'refused', or what went wrong; and the seconds it took. What bears checksums must have those of the `whole` file."
     t = time.perf_counter()
     signal.alarm(SECONDS)
     try:
         ecg = read_ecg(path)
         ok = ecg.mv.shape[0] == 12 and ecg.mv.shape[1] >= 5000 and ecg.mv.dtype == np.float32 and np.isfinite(ecg.mv).all() and abs(ecg.mv).max() <= 1000
         json.dumps(ecg.meta)
+        sums = lambda mv: np.rint(200*mv.astype(float)).sum(1) % 65536  # two flips may cancel: then the format cannot know
+        ok = ok and (whole is None or np.array_equal(sums(ecg.mv), sums(whole)))
         out = 'read' if ok else f'wrongly read: {ecg.mv.shape}, {abs(ecg.mv).max()}'
     except DataError as e: out = 'refused' if 'rest' in str(e) and e.remedy else f'no name or remedy: {e}'
     except BaseException as e: out = f'{type(e).__name__}: {e}'
@@ -126,12 +128,12 @@ def worker(seed, share):
     with tempfile.TemporaryDirectory() as d:
         kinds,_ = originals(Path(d))
         todo = ((kind, f, damaged(f.read_bytes(), rng, k)) for kind,f in kinds.items() for k in range(share))
-        hurt = Path(d)/'header'/'rest.hea'
+        hurt,undamaged = Path(d)/'header'/'rest.hea',read_ecg(kinds['samples']).mv
         for kind,f,data in chain(todo, (('bomb', hurt, o) for o in bombs())):
             whole = f.read_bytes()
             f.write_bytes(data)
             target = f.with_suffix('.npy') if kind == 'json' else f
-            out,t = attempt(target, read_ecg, DataError)
+            out,t = attempt(target, read_ecg, DataError, undamaged if kind == 'samples' else None)
             if t > slowest[1]: slowest = (kind, t)
             if out not in ('read', 'refused'): bad.append((kind, out[:300], data[:200].hex()))
             counts.setdefault(kind, {}).setdefault(out if out in ('read', 'refused') else 'bad', 0)
