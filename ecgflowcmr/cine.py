@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['VIEWS', 'MAX_VALUES', 'TYPICAL', 'TURN', 'SAID', 'UP', 'OURS', 'GZIP', 'check_frames', 'to_uint8', 'to_float',
            'check_positive', 'write_nifti', 'read_nifti', 'Cine', 'Plane', 'check_cine', 'square_pixels', 'normal',
-           'between', 'by_normal', 'turn', 'by_axis', 'lv_axis', 'said_view', 'says_nothing', 'name_views', 'upright',
-           'frame_time', 'nifti_planes', 'read_planes', 'load_plane', 'in_order', 'read_cine', 'read_cines',
-           'middle_slice', 'standard_cine', 'typical_orientation', 'placed', 'write_cine']
+           'between', 'by_normal', 'turn', 'off_turn', 'by_axis', 'heart_turn', 'lv_axis', 'said_view', 'says_nothing',
+           'name_views', 'upright', 'frame_time', 'nifti_planes', 'read_planes', 'load_plane', 'in_order', 'read_cine',
+           'read_cines', 'middle_slice', 'standard_cine', 'typical_orientation', 'placed', 'write_cine']
 
-# %% ../nbs/01_cine.ipynb #c41584dd
+# %% ../nbs/01_cine.ipynb #1bb4c2c5
 import gzip, json, re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -21,7 +21,7 @@ from scipy.ndimage import zoom
 from .ecg import DataError
 from .files import atomic_write
 
-# %% ../nbs/01_cine.ipynb #000bd9ec
+# %% ../nbs/01_cine.ipynb #e1c27cf0
 def check_frames(frames,      # `(t, h, w)`
                  name='cine', # what the error calls it
                 ) -> np.ndarray:
@@ -35,7 +35,7 @@ def check_frames(frames,      # `(t, h, w)`
     if lo < -1.001 or hi > 1.001: raise DataError(f'values from {lo:.3g} to {hi:.3g}', field=name, remedy='Scale or clip it to [-1, 1]')
     return x
 
-# %% ../nbs/01_cine.ipynb #4a8cd70d
+# %% ../nbs/01_cine.ipynb #80ee3716
 def to_uint8(frames,      # `(t, h, w)`, floats in [-1, 1]; `uint8` passes as it is
              name='cine', # what an error calls it
             ) -> np.ndarray:
@@ -50,7 +50,7 @@ def to_float(frames,      # `(t, h, w)`, `uint8`; floats in [-1, 1] pass
     x = check_frames(frames, name)
     return (x/127.5 - 1).astype(np.float32) if x.dtype == np.uint8 else x.astype(np.float32)
 
-# %% ../nbs/01_cine.ipynb #774ef837
+# %% ../nbs/01_cine.ipynb #edffd0b4
 def check_positive(file, **values):
     "Refuse a value that is not a positive number."
     for name,v in values.items():
@@ -78,7 +78,7 @@ def write_nifti(path,        # `.nii` or `.nii.gz`
     img.header['cal_min'],img.header['cal_max'] = (0,255) if x.dtype == np.uint8 else (-1,1)
     with atomic_write(path) as tmp: nib.save(img, tmp)
 
-# %% ../nbs/01_cine.ipynb #fe1220d6
+# %% ../nbs/01_cine.ipynb #a7df4dad
 def read_nifti(path) -> tuple: # frames `(t, h, w)`, pixel size in mm, time from frame to frame in ms
     "Read a cine that `write_nifti` wrote."
     if not Path(path).exists(): raise DataError('the file is missing', file=path)
@@ -95,7 +95,7 @@ def read_nifti(path) -> tuple: # frames `(t, h, w)`, pixel size in mm, time from
     if pixel_mm != pixel_row: raise DataError(f'pixels of {pixel_mm} x {pixel_row} mm', file=path, remedy='Resample it to square pixels')
     return check_frames(x, str(path)), pixel_mm, round(1000*seconds, 6)
 
-# %% ../nbs/01_cine.ipynb #db7664f3
+# %% ../nbs/01_cine.ipynb #7a3cc90e
 @dataclass
 class Cine:
     "One heart beat in one plane, as its file has it."
@@ -120,11 +120,12 @@ class Plane:
     load:Callable        # () -> `Cine` without view
     stack:int = 1        # slices of its file, for files without orientation
     phases:int = 0       # frames, where the header says so
+    source:str = ''      # its file, where one file is one view
     view:str = ''
     note:str = ''        # how the view was found
     fit:float = 0.       # degrees off the view's typical plane
 
-# %% ../nbs/01_cine.ipynb #4c889123
+# %% ../nbs/01_cine.ipynb #13ef9c20
 VIEWS = ('4ch', '2ch', '3ch', 'sax')
 MAX_VALUES = 100_000_000  # pixels of one file; a UK Biobank short-axis stack has 26 million
 
@@ -152,7 +153,7 @@ def square_pixels(frames,    # `(t, h, w)`
     y = y if frames.dtype == np.float32 else np.rint(y).astype(frames.dtype)
     return y, small, f'pixels of {row_mm:g} x {column_mm:g} mm resampled to {small:g} mm'
 
-# %% ../nbs/01_cine.ipynb #92120e74
+# %% ../nbs/01_cine.ipynb #2e551497
 TYPICAL = {'4ch': (.07,-.73,.68), '2ch': (.80,.60,.02), '3ch': (.77,-.04,.64), 'sax': (.57,-.61,-.55)}  # mean normals: left, back, head
 TURN = {'4ch': 0., '2ch': 67., '3ch': 120.}                                                               # degrees around the long axis
 
@@ -178,16 +179,25 @@ def turn(n, axis) -> float: # degrees, 0..180
     d = np.cross(axis, n)
     return float(np.degrees(np.arctan2(d @ np.cross(axis, e1), d @ e1)) % 180)
 
-# %% ../nbs/01_cine.ipynb #506905b2
-def by_axis(n, axis): # view, degrees off, degrees of tilt that a true view would not have
+# %% ../nbs/01_cine.ipynb #b70334b7
+def off_turn(n, axis, shift=0.): # view, signed degrees
+    "The long-axis view that is nearest in angle, in a heart turned by `shift` around its axis."
+    off = {v: (turn(n, axis) - a - shift + 90) % 180 - 90 for v,a in TURN.items()}
+    return min(off.items(), key=lambda o: abs(o[1]))
+
+def by_axis(n, axis, shift=0.): # view, degrees off
     "The view of a plane with normal `n` in a heart whose long axis is known."
     tilt = between(n, axis)                  # 0: short axis, 90: a plane that contains the axis
     if tilt < 45: return 'sax', tilt
-    off = {v: abs((turn(n, axis) - a + 90) % 180 - 90) for v,a in TURN.items()}
-    v = min(off, key=off.get)
-    return v, max(off[v], (90 - tilt)*20/15)  # 15 degrees of tilt count as 20 of turn
+    v,off = off_turn(n, axis, shift)
+    return v, max(abs(off), (90 - tilt)*20/15)  # 15 degrees of tilt count as 20 of turn
 
-# %% ../nbs/01_cine.ipynb #a5d2aa53
+def heart_turn(normals, axis) -> float: # degrees, at most 15
+    "How far this heart is turned around its axis: what two or more of its long-axis views have in common."
+    near = dict(off_turn(n, axis) for n in normals if between(n, axis) > 75)
+    return float(np.clip(np.median([*near.values()]), -15, 15)) if len(near) > 1 else 0.
+
+# %% ../nbs/01_cine.ipynb #4ed673fe
 def _stack_axis(normals, positions):
     "Normal of the largest stack of three or more parallel planes that lies like a short axis; None without."
     best = (2, None)
@@ -208,7 +218,7 @@ def lv_axis(normals,   # of the planes at hand
         if s[1] > .4 and between(vt[2], TYPICAL['sax']) < 45: return vt[2]
     return next((n for n,(v,off) in zip(normals, near) if v == 'sax' and off < 25 and len(normals) > 1), None)
 
-# %% ../nbs/01_cine.ipynb #8859de86
+# %% ../nbs/01_cine.ipynb #bdd8c452
 SAID = (('4ch', r'4[ _-]?ch|four[ _-]?ch|\bhla\b'), ('2ch', r'2[ _-]?ch|two[ _-]?ch|\bvla\b'), ('3ch', r'3[ _-]?ch|three[ _-]?ch'), ('sax', r'(?<![a-z])sax?(?![a-z])|short[ _-]?ax'))
 
 def said_view(*texts) -> str:
@@ -220,14 +230,15 @@ def says_nothing(orientation) -> bool:
     "No orientation, or one along the axes of the table: no heart is cut so, it was never known."
     return orientation is None or np.allclose(np.sort(np.abs(orientation)), [0,0,0,0,1,1], atol=1e-3)
 
-# %% ../nbs/01_cine.ipynb #f8cb53a7
+# %% ../nbs/01_cine.ipynb #e737af9b
 def name_views(planes:list) -> list:
     "Set `view`, `fit` and `note` of every plane, from geometry; a description only breaks a tie, and says so."
     known = [p for p in planes if not says_nothing(p.orientation)]
     normals = [normal(p.orientation) for p in known]
     axis = lv_axis(normals, [np.array(p.position) for p in known])
+    shift = 0. if axis is None else heart_turn(normals, axis)
     for p,n in zip(known, normals):
-        v,p.fit = by_normal(n) if axis is None else by_axis(n, axis)
+        v,p.fit = by_normal(n) if axis is None else by_axis(n, axis, shift)
         sure,doubt = (25, 38) if axis is None else (20, 30)
         p.view = v if p.fit < sure or (p.fit < doubt and p.said == v) else ''
         p.note = 'geometry' if p.fit < sure else f'geometry in doubt ({p.fit:.0f} degrees off {v})' + (', the description agrees' if p.view else '')
@@ -242,7 +253,7 @@ def name_views(planes:list) -> list:
             if between(normal(p.orientation), normal(best.orientation)) > 8: p.view,p.note = '',f'like {v}, but another plane fits better'
     return planes
 
-# %% ../nbs/01_cine.ipynb #fec542c9
+# %% ../nbs/01_cine.ipynb #b24a6d9b
 UP = {'4ch': (.57,-.61,-.55), 'sax': (0.,-.7,.7)}  # what belongs at the top: the apex; the front wall
 
 def _attitudes():
@@ -272,7 +283,7 @@ def upright(cine,      # of known view and orientation; others come back as they
     new = replace(cine, frames=_laid(cine.frames, t, r, c), meta=meta)
     return new if mask is None else (new, _laid(mask, t, r, c))
 
-# %% ../nbs/01_cine.ipynb #4c105aef
+# %% ../nbs/01_cine.ipynb #c9f12a15
 OURS = 'ecgflowcmr '  # begins the header extension of write_cine
 
 def frame_time(dt, unit): # ms, note
@@ -293,7 +304,7 @@ def _shape(img, path): # columns, rows, slices, frames
     time = s[2] >= 20 and float(img.header.get_zooms()[2]) < 2
     return (*s[:2], 1, s[2]) if time else (*s, 1)
 
-# %% ../nbs/01_cine.ipynb #65ed10d4
+# %% ../nbs/01_cine.ipynb #854b67d4
 def _values(img, path):
     "All values of a NIfTI image, `uint8`, `uint16` or `float32`."
     slope,inter = img.header.get_slope_inter()
@@ -316,7 +327,7 @@ def _our_times(img, t, path):
             if ms.shape != (t,) or d['view'] not in ('', *VIEWS): raise DataError('times or view do not fit the image', path, 'header extension', 'Write it again')
             return ms, float(d['rr_ms'] or np.nan), d['view'], [float(d[k]) for k in ('pixel_mm','slice_mm')]
 
-# %% ../nbs/01_cine.ipynb #7b1c4f1b
+# %% ../nbs/01_cine.ipynb #4acf594f
 def _lps(affine): # position of a slice `k`, directions of row and column
     "What a NIfTI affine says in DICOM's terms."
     m = np.diag([-1,-1,1,1.]) @ affine
@@ -336,7 +347,7 @@ def _nifti_times(img, path, shape, zooms): # milliseconds, beat, view, sizes, no
     step,note = frame_time(zooms[3], img.header.get_xyzt_units()[1])
     return np.arange(t)*(step if np.isfinite(step) else 1000/t), round(step*t, 6), '', None, note
 
-# %% ../nbs/01_cine.ipynb #ac259d8c
+# %% ../nbs/01_cine.ipynb #117da4b0
 def nifti_planes(path, head=b''):
     "The slices of a NIfTI cine, each a `Plane`; the values are read once, when the first is loaded."
     img = _load_nifti(path, head)
@@ -355,12 +366,21 @@ def nifti_planes(path, head=b''):
                     repaired=[o for o in (did, note) if o])
         pixel,thick = sizes or (mm, zooms[2])
         return Cine(x, pixel, thick, ms.copy(), rr, '', meta)
-    return [Plane(at(k), directions, view or said_view(Path(path).name), lambda k=k: load(k), z, t) for k in range(z)]
+    return [Plane(at(k), directions, view or said_view(Path(path).name), lambda k=k: load(k), z, t, str(path)) for k in range(z)]
 
-# %% ../nbs/01_cine.ipynb #e1576583
+# %% ../nbs/01_cine.ipynb #ef5d1d94
 GZIP = b'\x1f\x8b'
 
 def _is_nifti(head): return head[:2] == GZIP or head[:4] in (b'\x5c\x01\0\0', b'\0\0\x01\x5c')
+
+def _folder_planes(path, files):
+    "Planes of a folder that holds NIfTI, and perhaps DICOM too."
+    planes = [p for o in files for p in nifti_planes(o)]
+    cines = [p for p in planes if p.phases > 1]                # beside a cine lie its ED and ES frames
+    try: return cines + import_module('ecgflowcmr.cine_dicom').dicom_planes(path)
+    except DataError as e:
+        if e.field: raise                                      # more than there being no DICOM
+        return cines or planes
 
 def read_planes(path):
     "Every plane of a file, folder or zip, with its view, not yet loaded."
@@ -369,15 +389,14 @@ def read_planes(path):
     try:
         files = [o for o in sorted(path.rglob('*.nii*')) if o.is_file() and not re.match(r'seg|label|\.', o.name)] if path.is_dir() else []
         head = b'' if path.is_dir() else open(path, 'rb').read(16)
-        if files:
-            planes = [p for o in files for p in nifti_planes(o)]
-            planes = [p for p in planes if p.phases > 1] or planes     # beside a cine lie its ED and ES frames
+        if files: planes = _folder_planes(path, files)
         elif _is_nifti(head): planes = nifti_planes(path, head)
         else: planes = import_module('ecgflowcmr.cine_dicom').dicom_planes(path)
     except (DataError, MemoryError, KeyboardInterrupt): raise
     except Exception as e: raise DataError(f'cannot be read as a cine ({type(e).__name__})', path, remedy='Give a DICOM series, zip or file, or NIfTI; if it is one, copy it again') from None
     return name_views(planes)
 
+# %% ../nbs/01_cine.ipynb #abc24a0b
 def load_plane(p, path):
     "The checked cine of a plane."
     try: c = p.load()
@@ -385,7 +404,7 @@ def load_plane(p, path):
     except Exception as e: raise DataError(f'its frames cannot be read ({type(e).__name__})', path, remedy='Copy or export it again') from None
     return check_cine(replace(c, view=p.view, meta={**c.meta, 'view_by': p.note}), str(path))
 
-# %% ../nbs/01_cine.ipynb #a9e5a624
+# %% ../nbs/01_cine.ipynb #3c2c9c8c
 def in_order(planes):
     "Parallel planes from base to apex; without orientation as they come."
     if says_nothing(planes[0].orientation): return list(planes)
@@ -397,16 +416,18 @@ def _asked(planes, view, path):
     "The planes that fit `view`."
     if view not in (None, *VIEWS): raise DataError(f'is {view!r}', path, 'view', f'One of {", ".join(VIEWS)}, or None')
     for v in [view] if view else ['4ch', 'sax', *TURN]:
-        if fit := [p for p in planes if p.view == v]: return fit
+        if fit := [p for p in planes if p.view == v]:
+            if len({p.source for p in fit}) > 1: raise DataError(f'{len({p.source for p in fit})} files show {v}', path, 'view', 'Give one of the files')
+            return fit
     unknown = not any(p.view for p in planes)
     alike = len(planes) == 1 or (view == 'sax' and all(between(normal(p.orientation), normal(planes[0].orientation)) < 4 for p in planes if p.orientation))
     if unknown and alike and (view or len(planes) == 1):       # the caller knows what the file does not say
         for p in planes: p.view,p.note = view or '',f'{p.note}; the caller says {view}' if view else p.note
         return planes
-    have = ', '.join(f'{sum(p.view == v for p in planes)} {v or "of unknown view"}' for v in (*VIEWS, '') if any(p.view == v for p in planes))
+    have = ', '.join(f'{v or "unknown view"} ({n})' for v in (*VIEWS, '') if (n := sum(p.view == v for p in planes)))
     raise DataError(f'holds {have}, not {view}' if view else f'holds {have}', path, 'view', 'Say which view you want, or give the files of one view' if unknown else 'Ask for one that is there, or give other files')
 
-# %% ../nbs/01_cine.ipynb #d678d532
+# %% ../nbs/01_cine.ipynb #1cf78abe
 def read_cine(path,      # a DICOM series folder, zip or file, or NIfTI
               view=None, # '4ch', '2ch', '3ch' or 'sax' (its middle slice); None: the only one, else 4ch, else sax
              ) -> Cine:
@@ -435,7 +456,7 @@ def middle_slice(cines:list) -> Cine:
     as_plane = lambda c: Plane(c.meta.get('position'), c.meta.get('orientation'), '', lambda: c)
     return in_order([as_plane(c) for c in stack])[len(stack)//2].load()
 
-# %% ../nbs/01_cine.ipynb #5b6a895c
+# %% ../nbs/01_cine.ipynb #12d702ee
 def standard_cine(cine,      # a `Cine`, or the path of one
                   view=None, # '4ch' or 'sax'; None: the cine's own
                   mask=None, # labels `(t, h, w)` or `(h, w)` of a known segmentation
@@ -445,7 +466,7 @@ def standard_cine(cine,      # a `Cine`, or the path of one
     c = cine if isinstance(cine, Cine) else read_cine(cine, view)
     return import_module('ecgflowcmr.crop').standard_cine(c, view=view, mask=mask, find=find)
 
-# %% ../nbs/01_cine.ipynb #4c9facaf
+# %% ../nbs/01_cine.ipynb #3d76ab9c
 def typical_orientation(view) -> tuple: # directions of row and column
     "Where a cine lies that has no place of its own: upright in a typical heart."
     n = np.array(TYPICAL.get(view or '4ch')); n = n/np.linalg.norm(n)
@@ -471,12 +492,13 @@ def _write_nifti_cine(path, cine):
     img.header.extensions.append(nib.nifti1.Nifti1Extension('comment', (OURS + json.dumps(said)).encode()))
     with atomic_write(path) as tmp: nib.save(img, tmp)
 
-# %% ../nbs/01_cine.ipynb #52218af6
+# %% ../nbs/01_cine.ipynb #a91b96db
 def write_cine(path,         # `.nii`, `.nii.gz`; or `.dcm` (one file), `.zip` or a folder (one file a frame)
                cine,         # a `Cine`
-               subject=None, # an id that goes in hashed; None: anonymous
+               subject=None, # an id that goes into DICOM hashed; None: anonymous
+               salt='',      # of the hash, 8 characters or more: yours to keep
               ):
     "Write a cine, atomically; `read_cine` is the inverse."
     check_cine(cine, str(path))
     if str(path).endswith(('.nii', '.nii.gz')): _write_nifti_cine(path, cine)
-    else: import_module('ecgflowcmr.cine_dicom').write_dicom(path, cine, subject)
+    else: import_module('ecgflowcmr.cine_dicom').write_dicom(path, cine, subject, salt)
