@@ -7,14 +7,14 @@ __all__ = ['LEVEL', 'STEPS', 'AUGMENTATIONS', 'CARDIACNETS', 'check_strip', 'bea
            'wavelet_denoise', 'smooth', 'clean', 'minmax', 'share_of', 'drawn_strips', 'time_flip', 'sign_flip',
            'crop_resize', 'ecg_transform']
 
-# %% ../nbs/00f_clean.ipynb #18040b55
+# %% ../nbs/00f_clean.ipynb #6f67e4db
 from functools import partial
 import numpy as np
 import pywt
 from scipy.signal import savgol_filter
 from .ecg import FS, DataError, r_peaks
 
-# %% ../nbs/00f_clean.ipynb #a5382400
+# %% ../nbs/00f_clean.ipynb #19c24d4d
 def check_strip(mv,        # `(..., n)`
                 shortest=2 # samples
                ):          # floats, of the given precision
@@ -29,7 +29,7 @@ def check_strip(mv,        # `(..., n)`
         raise DataError(f'reaches {peak:.2g}' if np.isfinite(mv).all() else 'has missing or non-finite samples (NaN)', field='ECG', remedy='Give a strip in millivolt, without gaps')
     return mv if mv.dtype in (np.float32, np.float64) else mv.astype(float)
 
-# %% ../nbs/00f_clean.ipynb #eef224f5
+# %% ../nbs/00f_clean.ipynb #19f993c6
 def beat_trend(mv:np.ndarray,   # `(..., n)`
                period:int,      # samples of a beat
                ends:str='mirror' # half a beat at either end: 'mirror' goes on as it came, 'hold' stays at the last value, as CardiacNets
@@ -47,7 +47,7 @@ def beat_trend(mv:np.ndarray,   # `(..., n)`
     full = np.pad(mean, wide, 'edge') if ends == 'hold' else np.pad(mean, wide, 'reflect', reflect_type='odd')
     return (full + offset).astype(mv.dtype)
 
-# %% ../nbs/00f_clean.ipynb #900d97d9
+# %% ../nbs/00f_clean.ipynb #b974780b
 def beat_length(peaks, # R peaks, samples
                ) -> int: # samples
     "The usual beat: the median RR interval."
@@ -69,7 +69,7 @@ def remove_baseline(mv:np.ndarray,    # `(n,)`, `(leads, n)` or `(batch, leads, 
     if peaks is None: peaks = r_peaks(mv, fs)
     return mv - beat_trend(mv, beat_length(peaks), ends)
 
-# %% ../nbs/00f_clean.ipynb #2732ac11
+# %% ../nbs/00f_clean.ipynb #82d93a69
 LEVEL = 3  # levels of details that are thresholded
 
 def wavelet_denoise(mv:np.ndarray,   # `(..., n)` at 500 Hz
@@ -84,7 +84,7 @@ def wavelet_denoise(mv:np.ndarray,   # `(..., n)` at 500 Hz
     soft = [d - np.clip(d, -limit, limit) for d in details]
     return pywt.waverec([rest, *soft], 'db6', axis=-1)[...,:mv.shape[-1]].astype(mv.dtype)
 
-# %% ../nbs/00f_clean.ipynb #af64cf9c
+# %% ../nbs/00f_clean.ipynb #b5c186e8
 def smooth(mv:np.ndarray,     # `(..., n)`
            window:int=13,     # samples, odd
            order:int=5,       # of the polynomial
@@ -95,7 +95,7 @@ def smooth(mv:np.ndarray,     # `(..., n)`
     mv = check_strip(mv, window)
     return savgol_filter(mv, window, order, axis=-1).astype(mv.dtype)
 
-# %% ../nbs/00f_clean.ipynb #8a1e04d9
+# %% ../nbs/00f_clean.ipynb #a032330a
 def clean(mv:np.ndarray, # `(n,)`, `(leads, n)` or `(batch, leads, n)`, millivolt
           fs:float=FS,   # Hz
           peaks=None,    # R peaks, samples; None: look for them
@@ -104,7 +104,7 @@ def clean(mv:np.ndarray, # `(n,)`, `(leads, n)` or `(batch, leads, n)`, millivol
     if not abs(fs - FS) < 1e-6: raise DataError(f'is {fs} Hz', field='sampling rate', remedy='Bring it to 500 Hz first: `ecgflowcmr.ecg.resample`')
     return smooth(wavelet_denoise(remove_baseline(mv, peaks, fs)))
 
-# %% ../nbs/00f_clean.ipynb #d1ba25e8
+# %% ../nbs/00f_clean.ipynb #3dc01c4a
 def minmax(mv:np.ndarray, # `(..., n)`
           ):              # `(..., n)` in [-1, 1]
     "Scale each lead so that its lowest sample is -1 and its highest 1."
@@ -113,7 +113,7 @@ def minmax(mv:np.ndarray, # `(..., n)`
     if (low == high).any(): raise DataError(f'{int((low == high).sum())} of {low.size} leads are flat', field='ECG', remedy='A flat lead has no minimum and maximum: leave the recording out')
     return np.clip((mv - low)/(high - low)*2 - 1, -1, 1)
 
-# %% ../nbs/00f_clean.ipynb #f98fe6aa
+# %% ../nbs/00f_clean.ipynb #0e8dd2bd
 def share_of(x, field='p', # number or pair of numbers
             ):              # pair
     "A probability or a range of shares, checked."
@@ -138,7 +138,7 @@ def sign_flip(rng, mv, p=.33): # as `time_flip`
     mv = check_strip(mv)
     return np.where(drawn_strips(rng, mv, p), -mv, mv)
 
-# %% ../nbs/00f_clean.ipynb #f982a494
+# %% ../nbs/00f_clean.ipynb #e0d35854
 def crop_resize(rng,           # `np.random.Generator`, or a seed
                 mv:np.ndarray, # `(n,)`, `(leads, n)` or `(batch, leads, n)`
                 share=.75,     # of the strip that is kept: a number, or a pair to draw from
@@ -156,7 +156,7 @@ def crop_resize(rng,           # `np.random.Generator`, or a seed
     take = lambda j: np.take_along_axis(mv, np.broadcast_to(j, mv.shape[:-1] + (n,)), -1)
     return take(i)*(1 - part) + take(i + 1)*part
 
-# %% ../nbs/00f_clean.ipynb #7960a403
+# %% ../nbs/00f_clean.ipynb #7d35fc2f
 STEPS = dict(clean=clean, baseline=remove_baseline, denoise=wavelet_denoise, smooth=smooth, minmax=minmax)
 AUGMENTATIONS = dict(crop_resize=crop_resize, time_flip=time_flip, sign_flip=sign_flip)
 CARDIACNETS = dict(train='crop_resize, time_flip, sign_flip, minmax', test='minmax', diffusion='minmax')

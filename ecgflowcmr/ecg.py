@@ -6,10 +6,10 @@
 __all__ = ['LEADS', 'FS', 'FROM_I_II', 'REFRACTORY', 'RATE', 'EIGHT', 'SHAPE', 'SHIFT', 'FORMATS', 'DataError', 'lead_name',
            'twelve', 'resample', 'block_tops', 'rank', 'tame', 'height_and_noise', 'qrs_energy', 'beat_shapes',
            'resemblance', 'best_chain', 'usual_rr', 'beats_in', 'find_qrs', 'sure', 'r_peaks', 'check_numbers',
-           'check_unit', 'check_ecg', 'ECG', 'standard_ecg', 'to_mv', 'first_bytes', 'readers', 'read_ecg', 'window',
-           'windows', 'phase_at', 'complete_cycles', 'ecg_paper', 'plot_ecg', 'plot_phase']
+           'check_unit', 'checked_qrs', 'check_ecg', 'ECG', 'standard_ecg', 'to_mv', 'first_bytes', 'readers',
+           'read_ecg', 'window', 'windows', 'phase_at', 'complete_cycles', 'ecg_paper', 'plot_ecg', 'plot_phase']
 
-# %% ../nbs/00_ecg.ipynb #3567fa80
+# %% ../nbs/00_ecg.ipynb #cd331941
 import re, warnings
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,7 +21,7 @@ import numpy as np
 from scipy import signal
 from scipy.ndimage import uniform_filter1d
 
-# %% ../nbs/00_ecg.ipynb #356acc01
+# %% ../nbs/00_ecg.ipynb #42e0c085
 class DataError(ValueError):
     "Input that cannot be trusted: the message names the file, the field or lead, and the remedy."
     def __init__(self,
@@ -35,7 +35,7 @@ class DataError(ValueError):
         if remedy: text = f"{text.rstrip('.')}. {remedy.rstrip('.')}."
         super().__init__(text)
 
-# %% ../nbs/00_ecg.ipynb #9c5244b6
+# %% ../nbs/00_ecg.ipynb #70167c23
 LEADS = ('I', 'II', 'III', 'aVR', 'aVL', 'aVF', 'V1', 'V2', 'V3', 'V4', 'V5', 'V6')
 FS = 500  # Hz
 _CODES = dict(zip((1, 2, 61, 62, 63, 64, 3, 4, 5, 6, 7, 8), LEADS))  # SCP-ECG and IEEE 11073 (MDC) lead numbers
@@ -50,7 +50,7 @@ def lead_name(label:str, # as a file spells it: 'AVR', 'Lead II', 'MDC_ECG_LEAD_
     label = re.sub(r'^(?:mdc_ecg_lead_|ecg[\s_]+|lead[\s_]+|einthoven[\s_]+)+', '', label)
     return _LABELS.get(label)
 
-# %% ../nbs/00_ecg.ipynb #f56c33ac
+# %% ../nbs/00_ecg.ipynb #ebb5ef3c
 FROM_I_II = dict(III=(-1, 1), aVR=(-.5, -.5), aVL=(1, -.5), aVF=(-.5, 1))  # weights of I and II
 
 def twelve(labels:list,       # a label for each channel, in any dialect and order; labels beyond the rows are only named in messages
@@ -69,7 +69,7 @@ def twelve(labels:list,       # a label for each channel, in any dialect and ord
                                 'Export all 12 leads (at least I, II and V1 to V6)')
     return np.stack([found[o] for o in LEADS]), derived
 
-# %% ../nbs/00_ecg.ipynb #ff04e17b
+# %% ../nbs/00_ecg.ipynb #c92673c4
 def resample(mv:np.ndarray, # `(leads, n)` millivolt
              fs:float,      # its rate, Hz
              to:float=FS,   # wanted rate, Hz
@@ -79,7 +79,7 @@ def resample(mv:np.ndarray, # `(leads, n)` millivolt
     if ratio == 1: return mv
     return signal.resample_poly(mv, ratio.numerator, ratio.denominator, axis=-1, padtype='line')
 
-# %% ../nbs/00_ecg.ipynb #c775ffd2
+# %% ../nbs/00_ecg.ipynb #f2186b6f
 REFRACTORY = .2        # s: no heart beats twice within
 RATE = 125             # Hz at which QRS complexes are looked for
 EIGHT = [0,1,6,7,8,9,10,11]   # I, II, V1-V6 of `LEADS`: the leads that are not differences of others
@@ -92,9 +92,11 @@ def block_tops(x, fs, seconds=1.5):
     return np.maximum(top[...,1:], top[...,:-1]) if m > 1 else top
 
 def rank(x, q):
-    "The value below which a part `q` of each row lies: a quantile without interpolation."
-    k = int(q*(x.shape[-1]-1))
-    return np.partition(x, k, axis=-1)[...,k]
+    "The value below which a part `q` of each row lies (`np.quantile`, which takes its time)."
+    k,part = divmod(q*(x.shape[-1]-1), 1)
+    k = int(k)
+    x = np.partition(x, (k, min(k+1, x.shape[-1]-1)), axis=-1)
+    return x[...,k]*(1-part) + x[...,min(k+1, x.shape[-1]-1)]*part
 
 def tame(x, fs): # `(leads, n)`
     "Leads without spikes and without slopes steeper than twice the usual beat's."
@@ -103,7 +105,7 @@ def tame(x, fs): # `(leads, n)`
     most = 2*rank(block_tops(abs(d), fs), .3)[:,None]
     return x[:,:1] + np.cumsum(d.clip(-most, most), -1)
 
-# %% ../nbs/00_ecg.ipynb #8f604543
+# %% ../nbs/00_ecg.ipynb #e5149563
 @lru_cache
 def _band(lo, hi, fs): return signal.butter(2, (lo,hi), 'bandpass', fs=fs, output='sos')
 
@@ -123,7 +125,7 @@ def qrs_energy(x, fs): # tamed leads `(leads, n)`, about `RATE` Hz
     quick,shape = quick.clip(-4*beat, 4*beat)*weight, shape[:,inner].clip(-8*beat, 8*beat)*weight
     return np.sqrt(uniform_filter1d((quick*quick).mean(0), w).clip(0))[inner] + 1e-9, shape, weight
 
-# %% ../nbs/00_ecg.ipynb #9fa6339f
+# %% ../nbs/00_ecg.ipynb #67079075
 def beat_shapes(x, at, fs): # weighed leads `(leads, n)`, candidates
     "Every candidate's shape at every shift, of mean 0 and norm 1 `(candidates, shifts, leads*samples)`; the shifts."
     w,s = round(SHAPE*fs),round(SHIFT*fs)
@@ -148,7 +150,7 @@ def resemblance(x, shifts, picked, leads):
     top = size[middle-s:middle+s+1].argmax() - s
     return like, np.where(like > .6, shifts[best] + top, 0)
 
-# %% ../nbs/00_ecg.ipynb #e83a037d
+# %% ../nbs/00_ecg.ipynb #4b625655
 def _missed(q): return (q - 1.5).clip(0)
 
 def best_chain(t, s, rr, end, reach=16):
@@ -172,7 +174,7 @@ def best_chain(t, s, rr, end, reach=16):
 
 def usual_rr(t, default=.8): return float(rank(np.diff(t), .35).clip(.3, 1.6)) if len(t) > 2 else default
 
-# %% ../nbs/00_ecg.ipynb #af6c6931
+# %% ../nbs/00_ecg.ipynb #1b055741
 def beats_in(x:np.ndarray, # tamed leads `(leads, n)`
              fs:float,     # Hz
             ):             # beats (sample numbers), how clear and how alike they are, weights of the leads `(leads, 1)`
@@ -196,7 +198,7 @@ def beats_in(x:np.ndarray, # tamed leads `(leads, n)`
     picked = picked[s[picked] > -.75]
     return ((at + late)[picked]*step).clip(0, x.shape[1]-1), np.exp(clear[picked]), like[picked], weight
 
-# %% ../nbs/00_ecg.ipynb #8695918b
+# %% ../nbs/00_ecg.ipynb #ce88c471
 def _summit(x, at, weight, fs):
     "The sample within 24 ms of `at` at which the weighed leads are farthest from their medians around."
     w,near = round(SHAPE*fs),round(.024*fs)
@@ -204,6 +206,7 @@ def _summit(x, at, weight, fs):
     far = uniform_filter1d((((part - np.median(part, -1, keepdims=True))*weight[...,None])**2).sum(0), 3)
     return at + far[:,w-near:w+near+1].argmax(1) - near
 
+# %% ../nbs/00_ecg.ipynb #93017388
 def find_qrs(mv:np.ndarray, # `(n,)` or `(leads, n)` millivolt
              fs:float=FS,   # Hz
             ):              # R peaks (sample numbers), how clear and how alike the beats are
@@ -224,7 +227,7 @@ def find_qrs(mv:np.ndarray, # `(n,)` or `(leads, n)` millivolt
     keep = np.diff(at, prepend=-n) > REFRACTORY*fs
     return at[keep],clear[keep],like[keep]
 
-# %% ../nbs/00_ecg.ipynb #54f29e6d
+# %% ../nbs/00_ecg.ipynb #5cde2693
 def sure(clear, like):
     "Which beats are beats beyond doubt: pure noise has none or two that stand out so, or look so alike."
     return (clear > 3) | (clear > 2) & (like > .95)
@@ -235,7 +238,7 @@ def r_peaks(mv:np.ndarray, # one lead `(n,)` or several `(leads, n)`, millivolt;
     "The R peaks of a recording."
     return find_qrs(mv, fs)[0]
 
-# %% ../nbs/00_ecg.ipynb #71fc0171
+# %% ../nbs/00_ecg.ipynb #c3d4c56f
 def _lead_list(bad): return 'lead ' + ', '.join(o for o,b in zip(LEADS, bad) if b)
 
 def check_numbers(mv:np.ndarray, fs:float, name=None, # as `check_ecg`
@@ -247,7 +250,7 @@ def check_numbers(mv:np.ndarray, fs:float, name=None, # as `check_ecg`
     nan = ~np.isfinite(mv).all(1)
     if nan.any(): raise DataError(f'has {(~np.isfinite(mv)).sum()} missing or non-finite samples (NaN)', name, _lead_list(nan), 'Export a strip without gaps')
 
-# %% ../nbs/00_ecg.ipynb #10529984
+# %% ../nbs/00_ecg.ipynb #b678b915
 def check_unit(spread:np.ndarray, name=None, # usual spread of each lead in 2 s `(12,)`, millivolt
               ):
     "Refuse values that are no millivolts, in all leads or in one."
@@ -256,11 +259,9 @@ def check_unit(spread:np.ndarray, name=None, # usual spread of each lead in 2 s 
     if 0 < usual < .005: raise DataError(f'spreads over {usual:.2g} mV in 2 s: volts labelled as millivolts, it seems', name, _lead_list(spread < .005), 'Declare the unit as V, or multiply by 1000')
     if odd.any(): raise DataError(f'spreads over {spread.max():.0f} mV in 2 s, unlike the other leads', name, _lead_list(odd), "Check this channel's unit and gain, or its electrode")
 
-def check_ecg(mv:np.ndarray, # `(12, n)` millivolt
-              fs:float=FS,   # Hz
-              name=None,     # file, for messages
-             ):              # its R peaks (sample numbers)
-    "Refuse gaps, flat leads, wrong units, a strip shorter than 10 s or with fewer than 3 beats; return the R peaks."
+# %% ../nbs/00_ecg.ipynb #0c2f8521
+def checked_qrs(mv, fs, name=None): # as `check_ecg`
+    "What `find_qrs` finds in a recording that passes all checks."
     mv = np.asarray(mv)
     check_numbers(mv, fs, name)
     block = int(2*fs)
@@ -270,13 +271,20 @@ def check_ecg(mv:np.ndarray, # `(12, n)` millivolt
     if absurd.any(): raise DataError(f'has a sample of {abs(mv).max():.3g} mV, no voltage of a heart', name, _lead_list(absurd), 'The samples are damaged: copy or export the file again')
     flat = (spread < .01).any(1)
     if flat.any(): raise DataError('is flat for 2 s or longer', name, _lead_list(flat), 'Record again with the electrode attached')
-    peaks,clear,like = find_qrs(mv, fs)
+    qrs = peaks,clear,like = find_qrs(mv, fs)
     beats = int(sure(clear, like).sum())
     if beats < 3: raise DataError(f'{beats or "no"} heart beat{"s"*(beats != 1)} found, at least 3 are needed', name, 'all leads together', 'Record again: beats are too few or too small')
     if beats < len(peaks)/2: raise DataError(f'only {beats} of {len(peaks)} heart beats stand out of the noise', name, 'all leads together', 'Record again: the strip is too noisy')
-    return peaks
+    return qrs
 
-# %% ../nbs/00_ecg.ipynb #fb03c1f3
+def check_ecg(mv:np.ndarray, # `(12, n)` millivolt
+              fs:float=FS,   # Hz
+              name=None,     # file, for messages
+             ):              # its R peaks (sample numbers)
+    "Refuse gaps, flat leads, wrong units, a strip shorter than 10 s or with fewer than 3 beats; return the R peaks."
+    return checked_qrs(mv, fs, name)[0]
+
+# %% ../nbs/00_ecg.ipynb #8f719e55
 @dataclass
 class ECG:
     "A checked 12-lead recording in millivolt at 500 Hz."
@@ -284,9 +292,10 @@ class ECG:
     fs: float = float(FS)                      # Hz
     leads: tuple = LEADS                       # names of the rows
     meta: dict = field(default_factory=dict)   # format, source_fs, sex and age as the file says them, which leads were derived
+    qrs: tuple = field(default=None, repr=False) # what `find_qrs` found in `mv` when it was checked: R peaks, how clear and how alike the beats
     def __repr__(self): return f"ECG(12 leads, {self.mv.shape[1]/self.fs:.1f} s at {self.fs:.0f} Hz, from {self.meta.get('format', 'an array')})"
 
-# %% ../nbs/00_ecg.ipynb #57aee4d6
+# %% ../nbs/00_ecg.ipynb #04fd9eca
 def standard_ecg(labels:list,       # a label for each channel
                  mv:np.ndarray,     # `(channels, n)` millivolt
                  fs:float,          # Hz
@@ -297,10 +306,10 @@ def standard_ecg(labels:list,       # a label for each channel
     mv,derived = twelve(labels, mv, name)
     check_numbers(mv, fs, name)
     mv = np.ascontiguousarray(resample(mv.astype(float), fs), np.float32)
-    check_ecg(mv, FS, name)
-    return ECG(mv, meta=dict(meta or {}, source_fs=float(fs), derived=derived))
+    qrs = checked_qrs(mv, FS, name)
+    return ECG(mv, meta=dict(meta or {}, source_fs=float(fs), derived=derived), qrs=qrs)
 
-# %% ../nbs/00_ecg.ipynb #48d77660
+# %% ../nbs/00_ecg.ipynb #e38f7742
 _TO_MV = {'mv': 1., 'uv': 1e-3, 'µv': 1e-3, 'μv': 1e-3, 'nv': 1e-6, 'v': 1e3, 'millivolt': 1., 'microvolt': 1e-3}
 
 def to_mv(unit:str,      # as a file spells it: 'mV', 'mv', 'uV'
@@ -312,7 +321,7 @@ def to_mv(unit:str,      # as a file spells it: 'mV', 'mv', 'uV'
     if factor is None: raise DataError(f'unit {str(unit)!r} is no voltage that is known here', name, f'channel {label}', 'Declare uV or mV')
     return factor
 
-# %% ../nbs/00_ecg.ipynb #78352c93
+# %% ../nbs/00_ecg.ipynb #debab8c5
 FORMATS = ('ecg_files', 'ecg_xml')  # chapters of this package that read files, asked in this order
 
 def first_bytes(path, n=4096) -> bytes:
@@ -324,7 +333,7 @@ def readers() -> list: # of pairs: recogniser(path, head) -> bool; reader(path) 
     "Everything that reads an ECG file."
     return [o for m in FORMATS for o in import_module(f'ecgflowcmr.{m}').READERS]
 
-# %% ../nbs/00_ecg.ipynb #b7f94e26
+# %% ../nbs/00_ecg.ipynb #90fe77c1
 def read_ecg(path, # a DICOM file, a WFDB header, its sample file, or a record name
             ) -> ECG:
     "Read, check and standardise a 12-lead ECG: millivolt, 500 Hz, leads by name. Whatever is wrong with the file is a `DataError`."
@@ -345,7 +354,7 @@ def read_ecg(path, # a DICOM file, a WFDB header, its sample file, or a record n
     except Exception as e:
         raise DataError(f'cannot be read ({type(e).__name__}: {e})', path, remedy='The file is half-written or damaged: copy or export it again') from e
 
-# %% ../nbs/00_ecg.ipynb #6e6e3e0b
+# %% ../nbs/00_ecg.ipynb #6e1ba63a
 def window(ecg:ECG,          # recording
            start:float=0.,   # s
            seconds:float=10, # length of the window, s
@@ -356,7 +365,7 @@ def window(ecg:ECG,          # recording
         raise DataError(f'{start:g} to {start+seconds:g} s lies outside the {ecg.mv.shape[1]/ecg.fs:g} s recorded', field='window', remedy='Choose a stretch that was recorded')
     return ecg.mv[:,a:a+n]
 
-# %% ../nbs/00_ecg.ipynb #40b67855
+# %% ../nbs/00_ecg.ipynb #82109cf9
 def windows(ecg:ECG,          # recording
             seconds:float=10, # length of a window, s
             step:float=10,    # from one start to the next, s
@@ -366,7 +375,7 @@ def windows(ecg:ECG,          # recording
     if not (step > 0 and seconds > 0): raise DataError(f'windows of {seconds:g} s every {step:g} s', field='windows', remedy='Give positive numbers')
     return [window(ecg, k*step, seconds) for k in range(int((n - seconds)/step + 1e-6) + 1)] if n >= seconds else []
 
-# %% ../nbs/00_ecg.ipynb #afea0968
+# %% ../nbs/00_ecg.ipynb #12153c2a
 def phase_at(peaks, # R peaks, sample numbers
              n:int, # samples
             ):      # `(n,)` float32 radians in [0, 2 pi), NaN before the first and after the last peak
@@ -381,7 +390,7 @@ def complete_cycles(peaks): # `(k, 2)`: start and end sample of every cycle from
     peaks = np.asarray(peaks, int)
     return np.stack([peaks[:-1], peaks[1:]], 1).reshape(-1, 2)
 
-# %% ../nbs/00_ecg.ipynb #f4c645f1
+# %% ../nbs/00_ecg.ipynb #62fe63c3
 def ecg_paper(ax, width, height, # millimetres
              ):
     "Turn axes into ECG paper: coordinates are millimetres, thin lines each 1 mm, thick ones each 5 mm."
@@ -391,7 +400,7 @@ def ecg_paper(ax, width, height, # millimetres
     ax.set(xlim=(0,width), ylim=(0,height), aspect='equal')
     ax.axis('off')
 
-# %% ../nbs/00_ecg.ipynb #cd4f81b9
+# %% ../nbs/00_ecg.ipynb #21e43fb9
 _ROWS = [LEADS[k::3] for k in range(3)] + [('II',)]  # I aVR V1 V4 / II aVL V2 V5 / III aVF V3 V6 / rhythm strip
 
 def plot_ecg(mv:np.ndarray, # `(12, n)` millivolt, at least 10 s
@@ -417,7 +426,7 @@ def plot_ecg(mv:np.ndarray, # `(12, n)` millivolt, at least 10 s
     ax.set_title(title, fontsize=9, loc='left')
     return ax
 
-# %% ../nbs/00_ecg.ipynb #1d507e1d
+# %% ../nbs/00_ecg.ipynb #4d463cf2
 def plot_phase(mv:np.ndarray,    # `(12, n)` or lead II alone `(n,)`, millivolt
                peaks,            # R peaks, sample numbers
                fs:float=FS,      # Hz
