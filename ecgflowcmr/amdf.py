@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'PARTS', 'Harmonics', 'fit_harmonics', 'Guess', 'principal'
            'loss_weight', 'flow_loss', 'check_range', 'euler', 'guided', 'ECGFlowCMR', 'check_bundle', 'as_strip',
            'amdf_config', 'latents', 'beats', 'prepare', 'fit_amdf', 'train_field']
 
-# %% ../nbs/11_amdf.ipynb #1b1f92ea
+# %% ../nbs/11_amdf.ipynb #3f90d8a3
 import math
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ from .layers import AdaBlock, Block, fourier_basis, mlp, periodic, sinusoid
 from .pamae import PAMAE, cycle_features
 from .vae import VAE
 
-# %% ../nbs/11_amdf.ipynb #fcdc7807
+# %% ../nbs/11_amdf.ipynb #74ac5bf6
 class Harmonics(nn.Module):
     "Latents `(b, c, 50, h, w)` to standardised coefficients `(b, 17*c, h, w)` and back."
     def __init__(self, channels:int=4, frames:int=50, harmonics:int=8, size:int=12):
@@ -53,7 +53,7 @@ class Harmonics(nn.Module):
     def template(self) -> Tensor: # `(c, h, w)`: the mean latent over subjects and time
         return self.mean[:self.channels]/math.sqrt(self.basis.shape[1])
 
-# %% ../nbs/11_amdf.ipynb #aae950ac
+# %% ../nbs/11_amdf.ipynb #e344e2ce
 @torch.no_grad()
 def fit_harmonics(h:Harmonics, batches) -> Harmonics: # batches of coefficients `(b, 17*c, h, w)`
     "Set template, mean motion and spreads from a stream of training coefficients."
@@ -66,7 +66,7 @@ def fit_harmonics(h:Harmonics, batches) -> Harmonics: # batches of coefficients 
     h.mean.copy_(mean); h.spread.copy_((square/n - mean.square()).clamp(min=0).mean((1,2)).sqrt().clamp(min=1e-4))
     return h
 
-# %% ../nbs/11_amdf.ipynb #dbcabb59
+# %% ../nbs/11_amdf.ipynb #1cf66373
 class Guess(nn.Module):
     "Ridge regression from the features of a beat to the coefficients of a cine."
     def __init__(self, features:int, channels:int, size:int=12, components:int=96):
@@ -83,7 +83,7 @@ class Guess(nn.Module):
     def forward(self, f:Tensor, rr:Tensor) -> Tensor:
         with torch.autocast(f.device.type, enabled=False): return self.expand(self.standard(f, rr) @ self.weight)
 
-# %% ../nbs/11_amdf.ipynb #b2dca019
+# %% ../nbs/11_amdf.ipynb #d6063469
 @torch.no_grad()
 def principal(x:Tensor, k:int) -> tuple: # scores `(n, k)`, components `(k, d)` with x close to scores @ components
     "Principal components of the rows of `x` (of mean 0)."
@@ -108,7 +108,7 @@ def ridge_loo(F:Tensor,  # `(n, d)` standardised
     _, penalty, loo = best
     return F.T @ (u @ (uy/(e+penalty)[:,None])), loo, float(penalty)
 
-# %% ../nbs/11_amdf.ipynb #a16c0e91
+# %% ../nbs/11_amdf.ipynb #bca41313
 @torch.no_grad()
 def fit_guess(guess:Guess, f:Tensor, rr:Tensor, x1:Tensor, # features, beat lengths, standardised coefficients of the training split
               weight:Tensor,                               # of a coefficient in the loss `(channels,)`
@@ -129,7 +129,7 @@ def fit_guess(guess:Guess, f:Tensor, rr:Tensor, x1:Tensor, # features, beat leng
     y[some] = loo
     return y
 
-# %% ../nbs/11_amdf.ipynb #24262b68
+# %% ../nbs/11_amdf.ipynb #5c56319f
 class ECGCondition(nn.Module):
     "Context tokens `(b, 50, width)`, condition vector `(b, width)` and first guess `(b, channels, h, w)` from the features of a beat."
     def __init__(self, features:int, width:int, channels:int, size:int=12, heads:int=4, depth:int=2):
@@ -155,7 +155,7 @@ class ECGCondition(nn.Module):
         gone = lambda y, none: torch.where(drop.view(-1, *[1]*(y.ndim-1)), none.to(y.dtype), y)
         return gone(x, self.none), gone(pooled, self.none_pool), gone(first, torch.zeros_like(first))
 
-# %% ../nbs/11_amdf.ipynb #d29d51bd
+# %% ../nbs/11_amdf.ipynb #48c88fee
 class DiT(nn.Module):
     "v(z_t, t, c): the velocity of the standardised coefficients."
     def __init__(self, channels:int=68, width:int=256, depth:int=6, heads:int=4, features:int=128, template:int=4, size:int=12, patch:int=1):
@@ -182,7 +182,7 @@ class DiT(nn.Module):
         shift,scale = self.final(F.silu(c))[:,None].chunk(2, -1)
         return rearrange(self.leave(self.norm(h)*(1+scale) + shift), 'b (h w) (c p q) -> b c (h p) (w q)', h=x.shape[2]//self.patch, **p)
 
-# %% ../nbs/11_amdf.ipynb #9e0a9d71
+# %% ../nbs/11_amdf.ipynb #41243bbf
 def loss_weight(h:Harmonics) -> Tensor: # `(channels,)`, mean 1
     "The spread of a coefficient: between counting every coefficient alike and counting the error of the latent itself."
     return h.spread/h.spread.mean()
@@ -205,7 +205,7 @@ def flow_loss(dit:DiT, h:Harmonics,
     w = loss_weight(h)
     return dict(loss=(error*w).mean(), plain=error.mean().detach())
 
-# %% ../nbs/11_amdf.ipynb #cf4b930c
+# %% ../nbs/11_amdf.ipynb #5953d63f
 def check_range(name:str, value, low, high, whole:bool=False):
     "Refuse a number outside its range."
     if not (isinstance(value, int if whole else (int,float)) and not isinstance(value, bool) and low <= value <= high):
@@ -231,11 +231,11 @@ def guided(dit:DiT, template:Tensor, f:Tensor, rr:Tensor, guidance:float=1.):
         return u + guidance*(v-u)
     return field
 
-# %% ../nbs/11_amdf.ipynb #be8b0cc1
+# %% ../nbs/11_amdf.ipynb #495a6796
 FORMAT = 1                                                      # of the bundle folder
 PARTS = ('pamae', 'vae', 'dit', 'harmonics')
 
-# %% ../nbs/11_amdf.ipynb #49f37f7f
+# %% ../nbs/11_amdf.ipynb #87633082
 class ECGFlowCMR(nn.Module):
     "The whole generator: `from_pretrained(folder).generate(ecg)` makes a cine from an ECG alone."
     def __init__(self, config:dict): # settings of the parts by name, and 'alpha', 'pixel_mm'
@@ -256,7 +256,7 @@ class ECGFlowCMR(nn.Module):
         model.vae.to(memory_format=torch.channels_last)
         return model.eval().to(device)
 
-# %% ../nbs/11_amdf.ipynb #64cd83f7
+# %% ../nbs/11_amdf.ipynb #3965d6b3
 @patch
 def save_pretrained(self:ECGFlowCMR, folder, **provenance) -> Path:
     "Write the bundle; `provenance` (how it was trained) goes into its JSON. An earlier bundle stays until the new one is whole."
@@ -271,7 +271,7 @@ def save_pretrained(self:ECGFlowCMR, folder, **provenance) -> Path:
     new.rename(folder); shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/11_amdf.ipynb #318103f2
+# %% ../nbs/11_amdf.ipynb #c397a561
 def check_bundle(folder) -> dict: # its bundle.json
     "Refuse a folder that is no bundle, is of another format, or lacks a file or holds an altered one."
     folder = Path(folder); path = folder/'bundle.json'
@@ -286,7 +286,7 @@ def check_bundle(folder) -> dict: # its bundle.json
         if sha256_file(folder/name) != note['files'].get(name): raise DataError('was altered: its checksum is not the one in bundle.json', file=folder/name, remedy=remedy)
     return note
 
-# %% ../nbs/11_amdf.ipynb #6d823c37
+# %% ../nbs/11_amdf.ipynb #5e09518e
 def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
             ) -> np.ndarray: # `(12, 5000)` mV
     "Ten seconds of a checked 12-lead ECG."
@@ -296,7 +296,7 @@ def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
     check_ecg(mv, 500, 'array')
     return mv[:,:5000]
 
-# %% ../nbs/11_amdf.ipynb #9e46eae7
+# %% ../nbs/11_amdf.ipynb #fd2078fb
 @patch
 def precision(self:ECGFlowCMR):
     "bfloat16 where it pays."
@@ -318,7 +318,7 @@ def sample_many(self:ECGFlowCMR, f:Tensor, rr:Tensor, batch:int=8, seed:int=0, *
     "Cines of many heart beats, a batch at a time: memory does not grow with their number."
     for i in range(0, len(f), batch): yield self.sample(f[i:i+batch], rr[i:i+batch], seeds=range(seed+i, seed+min(i+batch, len(f))), **options).cpu()
 
-# %% ../nbs/11_amdf.ipynb #6c6536ed
+# %% ../nbs/11_amdf.ipynb #edb858c7
 @patch
 @torch.no_grad()
 def read_beat(self:ECGFlowCMR, mv:Tensor) -> tuple: # features, beat length (s), cycles found
@@ -337,7 +337,7 @@ def generate(self:ECGFlowCMR, ecg,       # path, `ECG`, or array `(12, n)` mV at
     if not count[0]: raise DataError('no complete heart beat was found by the phase head', field='cardiac phase', remedy='Give 10 s of a regular 12-lead ECG')
     return self.sample(f, rr, steps, guidance, [seed])[0].float().cpu().numpy()
 
-# %% ../nbs/11_amdf.ipynb #96544aea
+# %% ../nbs/11_amdf.ipynb #a2612fb0
 def amdf_config(preset:str='demo', recipe:str='harmonic', seed:int=0) -> dict: # settings of the stage
     "Sizes of the flow and of its training; `recipe` is `harmonic`."
     if recipe != 'harmonic': raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use: harmonic')
@@ -346,13 +346,13 @@ def amdf_config(preset:str='demo', recipe:str='harmonic', seed:int=0) -> dict: #
                  paper=dict(epochs=10, batch=4, lr=1e-4, warmup=1000, ema=.9999))[preset]
     return dict(recipe=recipe, model=model, harmonics=8, alpha=1., drop=.1, train=dict(weight_decay=1e-4, betas=(.9,.99), clip=1., seed=seed, log_every=20) | train)
 
-# %% ../nbs/11_amdf.ipynb #4983b618
+# %% ../nbs/11_amdf.ipynb #85a77661
 @torch.no_grad()
 def latents(vae:VAE, cohort, rows, batch:int=4): # batches `(b, c, 50, h, w)`
     "Stream the posterior means of cines through the encoder."
     device = vae.enter.weight.device
     for part in tqdm(np.array_split(rows, math.ceil(len(rows)/batch)), desc='latents', mininterval=2):
-        x = torch.from_numpy(cohort.batch(part)['la']).to(device).float()/127.5 - 1
+        x = torch.from_numpy(cohort.batch(part, ('la',))['la']).to(device).float()/127.5 - 1
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device.type)): yield vae.encode(x)[0].float().cpu()
 
 @torch.no_grad()
@@ -361,10 +361,10 @@ def beats(pamae:PAMAE, cohort, rows, batch:int=32) -> tuple: # features `(n, 50,
     device, out = pamae.mask_token.device, []
     for part in tqdm(np.array_split(rows, math.ceil(len(rows)/batch)), desc='ECG features', mininterval=2):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device.type)):
-            out.append([t.cpu() for t in cycle_features(pamae, torch.from_numpy(cohort.batch(part)['ecg']).to(device))])
+            out.append([t.cpu() for t in cycle_features(pamae, torch.from_numpy(cohort.batch(part, ('ecg',))['ecg']).to(device))])
     return tuple(torch.cat(t) for t in zip(*out))
 
-# %% ../nbs/11_amdf.ipynb #613f048c
+# %% ../nbs/11_amdf.ipynb #dd1a5829
 def prepare(cohort, pamae:PAMAE, vae:VAE, harmonics:int, folder) -> tuple: # Harmonics, tensors of the training split, how many were left out
     "Template, spreads and the cached training set of the flow."
     path, rows = Path(folder)/'cache.safetensors', cohort.index('train')
@@ -381,7 +381,7 @@ def prepare(cohort, pamae:PAMAE, vae:VAE, harmonics:int, folder) -> tuple: # Har
     h.mean.copy_(cache['mean']); h.spread.copy_(cache['spread'])
     return h, cache, note
 
-# %% ../nbs/11_amdf.ipynb #ef0ced24
+# %% ../nbs/11_amdf.ipynb #08f06c25
 def fit_amdf(cohort, config:dict, run, pamae:tuple, vae:tuple, device:str='auto') -> tuple: # generator, folder
     "Train, resume or load the flow of a run; `pamae` and `vae` are what their stages returned. The folder holds the bundle."
     upstream = {k:sha256_file(f/'model.safetensors') for k,(_,f) in dict(pamae=pamae, vae=vae).items()}
@@ -401,7 +401,7 @@ def fit_amdf(cohort, config:dict, run, pamae:tuple, vae:tuple, device:str='auto'
     finish_stage(folder, dict(training_subjects=len(cache['f']), strips_without_a_cycle=int(note['left_out'])), config=config)
     return ECGFlowCMR.from_pretrained(folder/'bundle'), folder
 
-# %% ../nbs/11_amdf.ipynb #f4b5b536
+# %% ../nbs/11_amdf.ipynb #5174f574
 def train_field(g:ECGFlowCMR, cache:dict, config:dict, folder, device:str):
     "Equation 7 over the cached training set."
     def loss(dit, index, rng):

@@ -7,7 +7,7 @@ __all__ = ['PATCH', 'POSITIONS', 'SCALE', 'WINDOWS', 'to_patches', 'from_patches
            'PhaseHead', 'everywhere', 'PAMAE', 'visible', 'pamae_loss', 'crossings', 'predicted_cycles',
            'cycle_features', 'pamae_config', 'pamae_figures', 'fit_pamae']
 
-# %% ../nbs/09_pamae.ipynb #8290d903
+# %% ../nbs/09_pamae.ipynb #2acbc86a
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,11 @@ from .ecg import r_peaks, phase_at
 from .train import fit, finish_stage, finished, load_stage, stage_folder, training_steps
 from .layers import Block, roi_align1d
 
-# %% ../nbs/09_pamae.ipynb #5be53495
+# %% ../nbs/09_pamae.ipynb #3c159163
 PATCH, POSITIONS, SCALE = 8, 625, .3   # samples a position; positions a strip; mV that count as one
 WINDOWS = 5                            # of 125 positions, 2 s each: attention stays within
 
-# %% ../nbs/09_pamae.ipynb #2ddfd0e7
+# %% ../nbs/09_pamae.ipynb #668a8db9
 def to_patches(mv:Tensor) -> Tensor: # `(b, 12, 5000)` mV -> `(b, 625, 96)`
     "Cut the strip into positions."
     return rearrange(mv/SCALE, 'b l (n p) -> b n (l p)', p=PATCH)
@@ -32,10 +32,10 @@ def from_patches(x:Tensor) -> Tensor: # `(b, 625, 96)` -> `(b, 12, 5000)` mV
     "Put the strip together again."
     return rearrange(x, 'b n (l p) -> b l (n p)', p=PATCH)*SCALE
 
-# %% ../nbs/09_pamae.ipynb #611bfea0
+# %% ../nbs/09_pamae.ipynb #2b95b33d
 def phase_target(mv:np.ndarray) -> np.ndarray: # `(12, 5000)` mV -> `(625, 2)` sine and cosine, NaN where unknown
-    "Phase at the middle of each position, from the R peaks of lead II."
-    phase = phase_at(r_peaks(mv[1]), mv.shape[1])[PATCH//2::PATCH]
+    "Phase at the middle of each position, from the R peaks of all leads."
+    phase = phase_at(r_peaks(mv), mv.shape[1])[PATCH//2::PATCH]
     return np.stack([np.sin(phase), np.cos(phase)], -1).astype('f4')
 
 def phase_angle(sincos:Tensor) -> Tensor: # `(..., 2)` -> `(...)` radians, 0 to 2 pi
@@ -47,7 +47,7 @@ def phase_error(predicted:Tensor, target:Tensor) -> Tensor: # mean absolute angl
     d = (phase_angle(predicted)-phase_angle(target)+torch.pi) % (2*torch.pi) - torch.pi
     return d.abs()[~target.isnan().any(-1)].mean()
 
-# %% ../nbs/09_pamae.ipynb #0f48ea95
+# %% ../nbs/09_pamae.ipynb #38faf62d
 class PhaseHead(nn.Module):
     "Sine and cosine of the cardiac phase from the features (equation 1)."
     def __init__(self, dim:int, hidden:int=48):
@@ -61,12 +61,12 @@ class PhaseHead(nn.Module):
         for conv in self.wide: h = h + conv(F.gelu(h))
         return rearrange(self.leave(F.gelu(h)), 'b c n -> b n c')
 
-# %% ../nbs/09_pamae.ipynb #ca51ef76
+# %% ../nbs/09_pamae.ipynb #1aff27e8
 def everywhere(x:Tensor) -> Tensor: # `(b, n)`: 0 ... n-1
     "The positions of an unmasked strip."
     return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
-# %% ../nbs/09_pamae.ipynb #26a21c46
+# %% ../nbs/09_pamae.ipynb #9f42eb43
 class PAMAE(nn.Module):
     "Encoder, decoder and phase head."
     def __init__(self, width:int=128, depth:int=4, heads:int=4, decoder_depth:int=1):
@@ -94,7 +94,7 @@ class PAMAE(nn.Module):
         for block in self.decoder: x = block(x, everywhere(x))
         return self.paint(x)
 
-# %% ../nbs/09_pamae.ipynb #4b66dce3
+# %% ../nbs/09_pamae.ipynb #d59bfb77
 def visible(b:int, n:int, ratio:float, rng:torch.Generator) -> Tensor: # `(b, k)` positions kept, in order
     "Keep a random `1 - ratio` of the positions of each window, the same number in all."
     m = n//WINDOWS
@@ -109,7 +109,7 @@ def pamae_loss(model:PAMAE, mv:Tensor, target:Tensor, keep:Tensor) -> dict: # lo
     phase = (model.phase(model.encode(mv)).float() - target.nan_to_num())[known].square().sum(-1).mean()
     return dict(loss=rec+phase, rec=rec.detach(), phase=phase.detach())
 
-# %% ../nbs/09_pamae.ipynb #239e7cda
+# %% ../nbs/09_pamae.ipynb #90299d26
 def crossings(a:np.ndarray, b:np.ndarray) -> np.ndarray: # fractional positions, feature i standing at i + .5
     "Where `a` rises through zero while `b` is positive."
     i = np.flatnonzero((a[:-1] < 0) & (a[1:] >= 0) & (b[:-1]+b[1:] > 0))
@@ -126,7 +126,7 @@ def predicted_cycles(sincos:np.ndarray,  # `(625, 2)` predicted sine and cosine
     seconds = (pairs[:,1]-pairs[:,0])/fs
     return pairs[once & (seconds > .3) & (seconds < 2.4)]
 
-# %% ../nbs/09_pamae.ipynb #6938505e
+# %% ../nbs/09_pamae.ipynb #075ccdc5
 @torch.no_grad()
 def cycle_features(model:PAMAE,
                    mv:Tensor,     # `(b, 12, 5000)` mV
@@ -142,7 +142,7 @@ def cycle_features(model:PAMAE,
     rr = torch.tensor([float(np.diff(c).mean()) if len(c) else float('nan') for c in cycles])*PATCH/500
     return rearrange(mean, 'b d k -> b k d'), rr.to(f.device), count
 
-# %% ../nbs/09_pamae.ipynb #bb3b8b23
+# %% ../nbs/09_pamae.ipynb #3b61260f
 def pamae_config(preset:str='demo', seed:int=0) -> dict: # settings of the stage
     "Sizes of the encoder and of its training."
     model = dict(smoke=dict(width=64, depth=2), demo=dict(width=128, depth=4), paper=dict(width=384, depth=8, heads=6))[preset]
@@ -150,13 +150,13 @@ def pamae_config(preset:str='demo', seed:int=0) -> dict: # settings of the stage
                  paper=dict(epochs=10, batch=4, lr=1e-4, warmup=1000, ema=.9999))[preset]
     return dict(model=model, mask_ratio=.5, train=dict(weight_decay=1e-4, betas=(.9,.95), clip=1., seed=seed, log_every=10) | train)
 
-# %% ../nbs/09_pamae.ipynb #d818d88a
+# %% ../nbs/09_pamae.ipynb #eb33eb12
 @torch.no_grad()
 def pamae_figures(model:PAMAE, cohort, rows:np.ndarray) -> dict: # figures of merit
     "Phase error (rad), heart rate from predicted cycles against truth (r, 1/min), on held-out subjects."
     errors, rates, recs = [], [], []
     for part in np.array_split(rows, max(1, len(rows)//32)):
-        mv = torch.from_numpy(cohort.batch(part)['ecg'])
+        mv = torch.from_numpy(cohort.batch(part, ('ecg',))['ecg'])
         target = torch.from_numpy(np.stack([phase_target(m) for m in mv.numpy()]))
         rng = torch.Generator().manual_seed(0)
         f, keep = model.encode(mv), visible(len(mv), POSITIONS, .5, rng)
@@ -169,7 +169,7 @@ def pamae_figures(model:PAMAE, cohort, rows:np.ndarray) -> dict: # figures of me
     return dict(phase_error_rad=float(np.mean(errors)), heart_rate_r=r, heart_rate_error_median=float(np.median(np.abs(rates-truth)[ok])) if ok.any() else float('nan'),
                 reconstruction_mse=float(np.mean(recs)), strips=len(rows), strips_without_a_cycle=int((~ok).sum()))
 
-# %% ../nbs/09_pamae.ipynb #d45031f8
+# %% ../nbs/09_pamae.ipynb #2d0dba53
 def fit_pamae(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the PA-MAE of a run."
     folder = stage_folder(run, 'pamae', dict(cohort=cohort.fingerprint, **config))
@@ -180,7 +180,7 @@ def fit_pamae(cohort, config:dict, run, device:str='auto') -> tuple: # model, fo
     targets = torch.from_numpy(np.stack([phase_target(cohort.ecg[i]) for i in tqdm(rows, desc='R peaks', unit='ECG', mininterval=2)]))
     def loss(m, index, rng):
         on = lambda x: x.to(m.mask_token.device)
-        mv = torch.from_numpy(cohort.batch(rows[index.numpy()])['ecg'])
+        mv = torch.from_numpy(cohort.batch(rows[index.numpy()], ('ecg',))['ecg'])
         return pamae_loss(m, on(mv), on(targets[index]), on(visible(len(index), POSITIONS, config['mask_ratio'], rng)))
     fit(model, loss, len(rows), training_steps(config['train'], len(rows)), folder, device, 'PA-MAE')
     model.cpu()

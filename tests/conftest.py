@@ -5,7 +5,7 @@ import papermill
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault('OMP_NUM_THREADS', '2')  # torch in many subprocesses
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # two tests run side by side (pytest.ini)
 
 
 @pytest.fixture(scope='session')
