@@ -4,6 +4,8 @@
 #   snakemake --cores 2 --config preset=smoke run=try    # another size, another folder of runs/
 #   snakemake --profile profiles/slurm --config preset=paper
 #   snakemake --cores 2 virtual                          # the report on the virtual cohort; not part of `all`
+#   snakemake --cores 2 build_mimic                      # a cohort of a made-up archive, likewise; of real files: type the notebook's own line
+#   snakemake --cores 1 benchmarks                       # how fast, beside the peers' way; not part of `all`, on a quiet machine
 
 import re
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 config.setdefault("preset", "demo")
 RUN = str(config.get("run") or config["preset"])
 KNOBS = " ".join(f"-p {k} {config[k]}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") != "")
+BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
 if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed"}:
     raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed")
 
@@ -38,6 +41,38 @@ rule virtual:
     threads: 2
     params: KNOBS
     shell: "papermill nbs/21_virtual_cohort.ipynb {params}"
+
+rule benchmarks:
+    input: code("95_benchmarks")
+    output: f"runs/{RUN}/benchmarks/done.json"
+    log: f"runs/{RUN}/95_benchmarks.ipynb"
+    threads: workflow.cores
+    params: KNOBS
+    shell: "papermill nbs/95_benchmarks.ipynb {params}"
+
+rule build_ukbiobank:
+    input: code("22_build_ukbiobank")
+    output: f"runs/{RUN}/build_ukbiobank/done.json"
+    log: f"runs/{RUN}/22_build_ukbiobank.ipynb"
+    threads: 2
+    params: BUILD
+    shell: "papermill nbs/22_build_ukbiobank.ipynb {params}"
+
+rule build_mimic:
+    input: code("23_build_mimic")
+    output: f"runs/{RUN}/build_mimic/done.json"
+    log: f"runs/{RUN}/23_build_mimic.ipynb"
+    threads: 2
+    params: BUILD
+    shell: "papermill nbs/23_build_mimic.ipynb {params}"
+
+rule build_hospital:
+    input: code("24_build_hospital")
+    output: f"runs/{RUN}/build_hospital/done.json"
+    log: f"runs/{RUN}/24_build_hospital.ipynb"
+    threads: 2
+    params: BUILD
+    shell: "papermill nbs/24_build_hospital.ipynb {params}"
 
 rule pamae:
     input: code("20_pamae_train")
