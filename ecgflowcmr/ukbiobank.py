@@ -8,7 +8,7 @@ __all__ = ['DIALECTS', 'COVARIATES', 'PHENOTYPES', 'IMAGING_DATE', 'HES_CODES', 
            'covariates_at', 'phenotypes_at', 'split_codes', 'hospital_codes', 'first_codes', 'diagnoses_at',
            'bulk_files', 'plan_ukbiobank', 'build_ukbiobank']
 
-# %% ../nbs/06d_ukbiobank.ipynb #bc3253e2
+# %% ../nbs/06d_ukbiobank.ipynb #d6fc7d58
 import os, re
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -17,7 +17,7 @@ from .virtual.phenotypes import NAMES
 from .build import build_cohort
 from .diagnoses import TIMINGS, dotted, joined, timed
 
-# %% ../nbs/06d_ukbiobank.ipynb #f793a225
+# %% ../nbs/06d_ukbiobank.ipynb #7d10a830
 DIALECTS = [re.compile(o) for o in (r'(\d+)-(\d+)\.(\d+)', r'p(\d+)(?:_i(\d+))?(?:_a(\d+))?', r'f\.(\d+)\.(\d+)\.(\d+)', r'x(\d+)_(\d+)_(\d+)')]
 
 def field_of(column) -> tuple: # field, instance, array index; None if the column is none of UK Biobank's
@@ -33,14 +33,14 @@ def columns_of(table, # DataFrame
     found = [(f[1:], c) for c in table if (f := field_of(c)) and f[0] == field and instance in (None, f[1])]
     return [c for _,c in sorted(found)]
 
-# %% ../nbs/06d_ukbiobank.ipynb #802b3656
+# %% ../nbs/06d_ukbiobank.ipynb #8b206bb9
 COVARIATES = dict(age=21003, sex=31, height=50, weight=21002, bmi=21001, hr=22426, alcohol=1558, smoking=20116, moderate_days=884, walk_days=864, sleep_h=1160, insomnia=1200, tense=1990, vegetables=1289, pork=1389)
 PHENOTYPES = {name: 24100 + i for i,name in enumerate(NAMES)}
 IMAGING_DATE, HES_CODES, HES_DATES = 53, 41270, 41280
-CIRCULATION = [f'I{k}' for k in (*range(20, 29), *range(30, 51))]
-FIRST_OCCURRENCE = {code: 131296 + 2*i for i,code in enumerate(CIRCULATION)}   # fields in the order of the codes: I20 131296 ... I50 131354
+CIRCULATION = [f'I{k:02d}' for k in (0, 1, 2, *range(5, 14), 15, *range(20, 29), *range(30, 53))]   # the three-character codes that exist
+FIRST_OCCURRENCE = {code: 131270 + 2*i for i,code in enumerate(CIRCULATION)}   # fields in the order of the codes: I00 131270 ... I20 131296 ... I50 131354
 
-# %% ../nbs/06d_ukbiobank.ipynb #4b4532bf
+# %% ../nbs/06d_ukbiobank.ipynb #f45fad27
 def read_wide(path,                         # .csv, .tsv, .txt or .parquet
               first_occurrence=None,        # ICD-10 code -> field
              ) -> pd.DataFrame:             # text
@@ -58,7 +58,7 @@ def read_wide(path,                         # .csv, .tsv, .txt or .parquet
     if twice: raise DataError(f'{twice} participants have more than one row', file=path, field='eid', remedy='Give a table with one row for each participant')
     return t
 
-# %% ../nbs/06d_ukbiobank.ipynb #f4d14f25
+# %% ../nbs/06d_ukbiobank.ipynb #ffb11eb9
 NO_ANSWER = -1., -3., -121., -818.
 INSTEAD = {-10.: .5}
 WORDS = dict(female=0., male=1., **{'prefer not to answer': np.nan, 'do not know': np.nan})
@@ -86,7 +86,7 @@ def phenotypes_at(table, instance) -> pd.DataFrame: # the 82, by name; None if t
     if not any(columns.values()): return None
     return pd.DataFrame({k: pd.to_numeric(table[c[0]], errors='coerce') if c else np.nan for k,c in columns.items()})
 
-# %% ../nbs/06d_ukbiobank.ipynb #5dd43e6d
+# %% ../nbs/06d_ukbiobank.ipynb #9a8ec975
 def split_codes(x) -> list: # of a cell
     "`I10|I251`, `['I10', 'I251']` or one code."
     return [d for o in re.split(r'[|,;]', str(x).strip('[]')) if (d := dotted(o))]
@@ -102,7 +102,7 @@ def hospital_codes(table) -> pd.DataFrame: # row, code, date
              for k,c in codes.items() if len(at := np.flatnonzero(table[c].str.len() > 2))]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(dict(row=[], code=[], date=[]))
 
-# %% ../nbs/06d_ukbiobank.ipynb #0e865ac9
+# %% ../nbs/06d_ukbiobank.ipynb #6347b76c
 def first_codes(table, fields) -> pd.DataFrame: # row, code, date
     "First occurrences, one line for each code of each participant."
     parts = []
@@ -128,7 +128,7 @@ def diagnoses_at(table, instance,       # visit
     found = every.groupby('row')['code'].agg(joined).to_dict() if len(every) else {}
     return [None if timing != 'ever' and pd.isna(day.iat[i]) else found.get(i, '') for i in range(len(table))]
 
-# %% ../nbs/06d_ukbiobank.ipynb #95e16789
+# %% ../nbs/06d_ukbiobank.ipynb #f78fcbec
 BULK = dict(ecg=(20205, 'xml'), la=(20208, 'zip'), sa=(20209, 'zip'))
 BULK_NAME = re.compile(r'(\d+)_(20205|20208|20209)_(\d+)_0\.(xml|zip)', re.I)
 
@@ -141,14 +141,14 @@ def bulk_files(source) -> dict: # (eid, instance) -> dict of `ecg`, `la`, `sa`: 
             if (m := BULK_NAME.fullmatch(name)): out.setdefault((m[1], int(m[3])), {}).setdefault(of[m[2]], os.path.relpath(os.path.join(folder, name), source))
     return out
 
-# %% ../nbs/06d_ukbiobank.ipynb #756e2843
+# %% ../nbs/06d_ukbiobank.ipynb #600f8e0d
 def plan_ukbiobank(source,                # folder of the bulk files
                    table,                 # of `read_wide`, or its path
                    timing='before',       # diagnoses 'before' the visit, 'after' it, or 'ever'
                    instances=(2, 3),      # visits
                    need=('ecg','la','sa'),# what each record must have
                    withdrawn=(),          # eids
-                   first_occurrence=None, # ICD-10 code -> field; None: I20 to I50
+                   first_occurrence=None, # ICD-10 code -> field; None: I00 to I52
                   ) -> tuple:             # plan, measured phenotypes (or None)
     "UK Biobank as a plan for `build_cohort`."
     t = (table if isinstance(table, pd.DataFrame) else read_wide(table, first_occurrence)).reset_index(drop=True)
@@ -168,7 +168,7 @@ def plan_ukbiobank(source,                # folder of the bulk files
     labels = pd.concat(labels, ignore_index=True)
     return pd.concat(plans, ignore_index=True), None if labels.isna().all(axis=None) else labels
 
-# %% ../nbs/06d_ukbiobank.ipynb #369dc2dc
+# %% ../nbs/06d_ukbiobank.ipynb #7b78a237
 def build_ukbiobank(folder, source, table,    # becomes the cohort; folder of bulk files; table or its path
                     timing='before', instances=(2, 3), need=('ecg','la','sa'), withdrawn=(), first_occurrence=None, # see `plan_ukbiobank`
                     **build,                  # see `build_cohort`
