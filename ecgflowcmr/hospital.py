@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEXES', 'read_plain', 'as_numbers', 'codes', 'plan_hospital', 'build_hospital']
 
-# %% ../nbs/06f_hospital.ipynb #a2ccc7bb
+# %% ../nbs/06f_hospital.ipynb #6b308b2c
 import re
 from pathlib import Path
 import pandas as pd
@@ -13,7 +13,7 @@ from .ecg import DataError
 from .build import build_cohort
 from .diagnoses import dotted, joined
 
-# %% ../nbs/06f_hospital.ipynb #1d9f2227
+# %% ../nbs/06f_hospital.ipynb #af5a1fc1
 SEXES = {'f': 'female', 'female': 'female', 'w': 'female', 'm': 'male', 'male': 'male'}
 
 def read_plain(path) -> pd.DataFrame: # text
@@ -37,10 +37,10 @@ def codes(cell) -> str: # ICD-10, any separators
     if not all(map(dotted, parts)): raise DataError('an entry is no ICD-10 code', field='diagnoses', remedy='Give codes such as I42.0, with ; between them')
     return joined(map(dotted, parts))
 
-# %% ../nbs/06f_hospital.ipynb #59ed5840
+# %% ../nbs/06f_hospital.ipynb #0cbacd62
 def plan_hospital(table,                # DataFrame of text, or the path of a csv
                   subject='subject', ecg='ecg', la='', sa='', # columns; '' where there is none
-                  diagnoses='', split='', visit='',           # likewise
+                  diagnoses='', split='', visit='', la_labels='', sa_labels='', # likewise; the last two of segmentations of the cines
                   covariates=(), labels=(), # columns; labels are numbers
                   words=('sex',),       # covariates that are words, not numbers
                  ) -> tuple:            # plan, measured labels (or None)
@@ -48,7 +48,7 @@ def plan_hospital(table,                # DataFrame of text, or the path of a cs
     name = 'table' if isinstance(table, pd.DataFrame) else Path(table).name
     t = (table if isinstance(table, pd.DataFrame) else read_plain(table)).reset_index(drop=True)
     t = t.astype(object).where(t.notna(), '').astype(str)
-    columns = dict(subject=subject, visit=visit, ecg=ecg, la=la, sa=sa, diagnoses=diagnoses, split=split)
+    columns = dict(subject=subject, visit=visit, ecg=ecg, la=la, sa=sa, la_labels=la_labels, sa_labels=sa_labels, diagnoses=diagnoses, split=split)
     lacks = [c for c in (*columns.values(), *covariates, *labels) if c and c not in t]
     if lacks: raise DataError(f'no column {", ".join(lacks)}', file=name, remedy=f'It has: {", ".join(map(str, t))}')
     p = pd.DataFrame({k: t[c].str.strip() for k,c in columns.items() if c})
@@ -59,9 +59,9 @@ def plan_hospital(table,                # DataFrame of text, or the path of a cs
     return p, pd.DataFrame({c: as_numbers(t, c, name) for c in labels}) if len(labels) else None
 
 def build_hospital(folder, source, table, # becomes the cohort; folder of files; table or its path
-                   subject='subject', ecg='ecg', la='', sa='', diagnoses='', split='', visit='', covariates=(), labels=(), words=('sex',), # see `plan_hospital`
+                   subject='subject', ecg='ecg', la='', sa='', diagnoses='', split='', visit='', covariates=(), labels=(), words=('sex',), la_labels='', sa_labels='', # see `plan_hospital`
                    **build,              # see `build_cohort`
                   ):                     # a Cohort
     "A folder of files and a plain table as a cohort."
-    plan,measured = plan_hospital(table, subject, ecg, la, sa, diagnoses, split, visit, covariates, labels, words)
+    plan,measured = plan_hospital(table, subject, ecg, la, sa, diagnoses, split, visit, la_labels, sa_labels, covariates, labels, words)
     return build_cohort(folder, source, plan, kind='hospital', labels={} if measured is None else dict(measured=measured), **build)
