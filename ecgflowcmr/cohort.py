@@ -12,7 +12,7 @@ __all__ = ['FORMAT', 'ARRAYS', 'LABELS', 'SPLITS', 'VIEWS', 'ABOUT', 'FRESH', 'A
            'same', 'check_request', 'begin_store', 'fill_store', 'write_tables', 'write_manifest', 'finish_store',
            'virtual_request', 'usual_workers', 'build_virtual_cohort', 'cohort_at']
 
-# %% ../nbs/06_cohort.ipynb #0b9fc591
+# %% ../nbs/06_cohort.ipynb #09c7166b
 import csv, hashlib, inspect, os, re, shutil, sys, threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ from .files import atomic_write, digest, fsync, locked, plain, read_json, sha256
 from .virtual.people import virtual_subject
 from .twins import find_twins, signature
 
-# %% ../nbs/06_cohort.ipynb #c86774ed
+# %% ../nbs/06_cohort.ipynb #4d7ca8be
 FORMAT = 2  # of the store
 ARRAYS = {'ecg': ('float32', 'mV'), 'la': ('uint8', 'grey'), 'sa': ('uint8', 'grey'), 'la_mask': ('uint8', 'label'), 'sa_mask': ('uint8', 'label')}  # name -> stored type, unit
 LABELS = ('exact', 'measured')  # dicts of phenotypes a subject may have
@@ -37,7 +37,7 @@ SPLITS = ('train', 'val', 'test')
 VIEWS = dict(ecg='ECGs', la='4-chamber cines', sa='short-axis cines')  # what an experiment may need
 ABOUT = ('subject', 'visit', 'split', 'rr_s', 'pixel_mm', 'diagnoses', 'la_found', 'sa_found', 'disease', 'severity')  # columns of the table that are no covariates
 
-# %% ../nbs/06_cohort.ipynb #da783615
+# %% ../nbs/06_cohort.ipynb #83dd421a
 def hash_numbers(ids, seed=0) -> np.ndarray: # float64 in [0, 1)
     "A number for each id, as if drawn at random, yet always the same."
     return np.array([int.from_bytes(hashlib.sha256(f'{seed}:{i}'.encode()).digest()[:8], 'big') / 2**64 for i in ids])
@@ -51,7 +51,7 @@ def split_subjects(ids,                    # subject ids
         raise DataError(f'fractions {tuple(fractions)}', remedy='Give three numbers, none below 0, that add up to 1')
     return np.array(SPLITS)[np.searchsorted(np.cumsum(fractions)[:2] + [0, 1e-12*(fractions[2] == 0)], hash_numbers(ids, seed), side='right')]
 
-# %% ../nbs/06_cohort.ipynb #5db31bef
+# %% ../nbs/06_cohort.ipynb #963e46f6
 def split_virtual(n,              # subjects
                   seed=0,         # of the cohort
                  ) -> np.ndarray: # a name of `SPLITS` for each
@@ -59,7 +59,7 @@ def split_virtual(n,              # subjects
     u = hash_numbers(f'v{seed}-{i:06d}' for i in range(-(-n//10)*10)).reshape(-1, 10)
     return np.repeat(SPLITS, (7,1,2))[u.argsort(1).argsort(1)].ravel()[:n]
 
-# %% ../nbs/06_cohort.ipynb #78ac56d3
+# %% ../nbs/06_cohort.ipynb #37663ddc
 def check_splits(table,        # DataFrame with the columns `subject` and `split`
                  name='table', # what the error calls it
                  need=SPLITS,  # these must not be empty
@@ -75,7 +75,7 @@ def check_splits(table,        # DataFrame with the columns `subject` and `split
     empty = [s for s in need if s not in set(table['split'])]
     if empty: raise DataError(f'nobody is in {", ".join(empty)}', file=name, field='split', remedy='Take more subjects or other fractions')
 
-# %% ../nbs/06_cohort.ipynb #a0714f75
+# %% ../nbs/06_cohort.ipynb #bc4f486e
 def check_need(self, *names, splits=()): # of `VIEWS`; splits that must not be empty
     "Itself, or a `DataError` that says what it lacks."
     lacks = [VIEWS[k] for k in names if getattr(self, k) is None] + [f'{s} subjects' for s in splits if not len(self.index(s))]
@@ -97,7 +97,7 @@ def read_rows(self,           # a Cohort
     if transform is not None and 'ecg' in arrays: arrays['ecg'] = transform(arrays['ecg'])
     return arrays | {k: self.table[k].to_numpy()[rows] for k in ('rr_s','pixel_mm')}
 
-# %% ../nbs/06_cohort.ipynb #b22b03c4
+# %% ../nbs/06_cohort.ipynb #3d16993f
 @dataclass(repr=False)
 class Cohort:
     "ECGs and cines of one cohort, row by row."
@@ -126,7 +126,7 @@ class Cohort:
 
     batch,need = read_rows,check_need
 
-# %% ../nbs/06_cohort.ipynb #89d69a7b
+# %% ../nbs/06_cohort.ipynb #5ecd09fd
 FRESH = 'Restore the file, or remove the folder and build the cohort again'
 
 def read_manifest(folder) -> dict:
@@ -143,7 +143,7 @@ def fingerprint_of(manifest) -> str: # hexadecimal
     "What identifies a cohort: all of its manifest except who made it."
     return digest({k: v for k,v in manifest.items() if k not in ('fingerprint', 'made_by')}, length=16)
 
-# %% ../nbs/06_cohort.ipynb #6e46fbb8
+# %% ../nbs/06_cohort.ipynb #e74c27db
 def check_file(path,  # a file of the store
                entry, # its entry in the manifest: `bytes` and, for small files, `sha256`
               ):
@@ -157,7 +157,7 @@ def read_table(path) -> pd.DataFrame:
     t = pd.read_csv(path, float_precision='round_trip', dtype=dict(subject=str, split=str, diagnoses=str))
     return t.fillna(dict(diagnoses='')) if 'diagnoses' in t else t
 
-# %% ../nbs/06_cohort.ipynb #c9f5ae5d
+# %% ../nbs/06_cohort.ipynb #b41591cb
 AUDIT = 2  # of what the audit looks at
 
 def audit_left(folder, manifest) -> bool: # is there no audit of this cohort, or one that looked at less?
@@ -171,7 +171,7 @@ def check_audit(folder, manifest):
     if audit_left(folder, manifest): raise DataError('this cohort was never audited, or by an earlier version', file=file, remedy=again)
     if not read_json(file)['ok']: raise DataError('the audit of this cohort failed', file=file, remedy='Repair what it lists, and audit again. ' + again)
 
-# %% ../nbs/06_cohort.ipynb #60e6dd50
+# %% ../nbs/06_cohort.ipynb #be4c7c48
 def open_cohort(folder,      # of a built cohort
                 audited=True # refuse one that failed the audit, or was never audited
                ) -> Cohort:
@@ -190,7 +190,7 @@ def open_cohort(folder,      # of a built cohort
     if audited: check_audit(folder, m)
     return Cohort(folder, m, table, **labels, **arrays)
 
-# %% ../nbs/06_cohort.ipynb #944322c0
+# %% ../nbs/06_cohort.ipynb #3ed17a94
 def end_with_parent():
     "In a worker process: end when the parent has ended, however it did."
     def watch(): connection.wait([parent_process().sentinel]); os._exit(1)
@@ -212,7 +212,7 @@ def each_done(job,     # an importable function
             for d in done: yield d.result()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/06_cohort.ipynb #90637353
+# %% ../nbs/06_cohort.ipynb #7a093bec
 def array_hash(x) -> str: # an array
     "64 bits that identify an array's bytes."
     return hashlib.blake2b(np.ascontiguousarray(x), digest_size=8).hexdigest()
@@ -235,7 +235,7 @@ def look_at(path, kind, start, stop) -> tuple: # job: start, hashes, signatures 
         seen = [(array_hash(x), signature(kind, x) if kind in VIEWS else None) for x in each_row(path, start, stop)]
     return start, *map(list, zip(*seen))
 
-# %% ../nbs/06_cohort.ipynb #91a902e3
+# %% ../nbs/06_cohort.ipynb #4a7cae44
 def looked_at(files:dict,     # kind -> array files, one after the other
               workers=None,   # processes, None: as many as usual
               progress=True,  # a bar on stderr
@@ -252,7 +252,7 @@ def looked_at(files:dict,     # kind -> array files, one after the other
         out[k] = tuple([o for a in sorted(parts) for o in parts[a][i]] for i in (0,1))
     return out
 
-# %% ../nbs/06_cohort.ipynb #40001ea6
+# %% ../nbs/06_cohort.ipynb #5dce0267
 def bare(name) -> str: # 'LVEF', 'lv-ef', 'LVEF_' are one
     "A column's name without case and punctuation."
     return re.sub(r'[^a-z0-9]', '', str(name).lower())
@@ -271,7 +271,7 @@ def same_values(a, b) -> bool: # two columns of `as_number`
     if any(len(x) - np.unique(x, return_counts=True)[1].max() < 5 for x in (a, b)): return False
     return abs(np.corrcoef(a, b)[0,1]) > .999
 
-# %% ../nbs/06_cohort.ipynb #b377b307
+# %% ../nbs/06_cohort.ipynb #1a5b1734
 def labels_among(covariates, # DataFrame
                  *labels,    # DataFrames of labels
                  diagnoses=None, # of the table: ICD-10 codes, `;` between them
@@ -288,7 +288,7 @@ def labels_among(covariates, # DataFrame
         out += [f'{c} = {names[bare(c)]}'] if bare(c) in names else [f'{c} = {k}' for k,y in values.items() if same_values(x, y)][:1]
     return out
 
-# %% ../nbs/06_cohort.ipynb #cdc15ea5
+# %% ../nbs/06_cohort.ipynb #be77e888
 def audit(cohort,        # of `open_cohort`
           workers=None,  # processes for large cohorts, None: as many as usual
           progress=True, # a bar on stderr, for large cohorts
@@ -306,7 +306,7 @@ def audit(cohort,        # of `open_cohort`
     write_json(cohort.folder/'audit.json', out)
     return out
 
-# %% ../nbs/06_cohort.ipynb #04b34615
+# %% ../nbs/06_cohort.ipynb #3d0f2167
 def audit_together(cohorts,      # of `open_cohort`
                    workers=None, # processes for large cohorts
                    progress=True,# a bar on stderr, for large cohorts
@@ -324,7 +324,7 @@ def audit_together(cohorts,      # of `open_cohort`
         out[k] = [[list(place[i]), list(place[j]), round(r, 3)] for i,j,r in find_twins(k, signatures, at['subject'], fetch)]
     return out | dict(ok=not (both or any(out.get(k) for k in VIEWS)))
 
-# %% ../nbs/06_cohort.ipynb #943e7738
+# %% ../nbs/06_cohort.ipynb #5de27769
 @dataclass
 class Scaler:
     "Mean and spread of some columns, and what they were taken from."
@@ -336,7 +336,7 @@ class Scaler:
     def back(self, z): return np.asarray(z)*self.std + self.mean
     def as_dict(self): return asdict(self)   # for JSON; Scaler(**d) is it again
 
-# %% ../nbs/06_cohort.ipynb #6f12237c
+# %% ../nbs/06_cohort.ipynb #843f6d1d
 def train_rows(cohort, rows) -> np.ndarray: # row numbers
     "Refuse rows of people who are not in the training split."
     rows = np.asarray(rows); others = int((cohort.table['split'].to_numpy()[rows] != 'train').sum())
@@ -359,7 +359,7 @@ def check_fitted(scaler, cohort): # -> itself
         raise DataError(f'was fitted on {on or "nobody knows what"}', file=cohort.folder, field='scaler', remedy='Use fit_scaler(cohort, values)')
     return scaler
 
-# %% ../nbs/06_cohort.ipynb #84c208b6
+# %% ../nbs/06_cohort.ipynb #15d49882
 def subject_record(subject,    # `subject(i, seed, **population)`
                    i,          # number of the subject
                    seed,       # of the cohort
@@ -378,7 +378,7 @@ def subject_record(subject,    # `subject(i, seed, **population)`
     rows = dict(table=table | s.covariates, hashes=dict(subject=sid) | {k: array_hash(x) for k,x in arrays.items()})
     return arrays, rows | {k: dict(subject=sid) | getattr(s, k) for k in LABELS if getattr(s, k, None)}
 
-# %% ../nbs/06_cohort.ipynb #72a85a16
+# %% ../nbs/06_cohort.ipynb #1fe2c71f
 def new_array(path, shape, dtype):
     "A `.npy` file of zeros whose space on the disk is reserved."
     np.lib.format.open_memmap(path, 'w+', dtype, shape).flush()
@@ -400,7 +400,7 @@ def write_block(path, # a `.npy` file
         f.seek(old.offset + start*x[0].nbytes)
         f.write(np.ascontiguousarray(x, old.dtype))
 
-# %% ../nbs/06_cohort.ipynb #1e1e1265
+# %% ../nbs/06_cohort.ipynb #ab760a76
 def check_columns(first, rows, file): # a subject's rows, those of others
     "Refuse subjects that have other columns than the first."
     if any({k: set(v) for k,v in r.items()} != {k: set(v) for k,v in first.items()} for r in rows):
@@ -418,7 +418,7 @@ def make_chunk(part, subject, start, stop, seed, population, masks):
     write_json(part/'rows'/f'{start:08d}.json', rows)
     return stop - start
 
-# %% ../nbs/06_cohort.ipynb #6d6c5dd1
+# %% ../nbs/06_cohort.ipynb #f2d105c8
 def whole_population(subject,    # `subject(i, seed, **population)`
                      population, # keyword arguments
                     ) -> dict:
@@ -428,7 +428,7 @@ def whole_population(subject,    # `subject(i, seed, **population)`
     if unknown: raise DataError(f'unknown {", ".join(unknown)}', field='population', remedy=f'Valid: {", ".join(known)}')
     return known | population
 
-# %% ../nbs/06_cohort.ipynb #6e7e8fdb
+# %% ../nbs/06_cohort.ipynb #005ec18e
 def witnesses(folder) -> dict: # number -> rows
     "A few subjects of a finished or half-built store, with their rows."
     if not (folder/'manifest.json').exists():
@@ -445,7 +445,7 @@ def same(a, b) -> bool: # entries of two tables, perhaps made on two machines
     if a is None or b is None or isinstance(a, str) or isinstance(b, str): return a == b
     return bool(np.isclose(float(a), float(b), rtol=1e-4, atol=1e-6))
 
-# %% ../nbs/06_cohort.ipynb #def487cd
+# %% ../nbs/06_cohort.ipynb #0c5ee244
 def check_request(folder,  # finished or half-built
                   request, # what is asked for now
                   make,    # makes a subject's arrays and rows from its number
@@ -465,7 +465,7 @@ def check_request(folder,  # finished or half-built
         bad += [f'{k}: {c}' for k in ('table', *LABELS) for c,v in plain(rows.get(k, {})).items() if not same(v, kept.get(k, {}).get(c))]
         if bad: raise DataError(f'subject {i} differs from the one that version {__version__} makes now', file=folder, field=bad[0], remedy=other)
 
-# %% ../nbs/06_cohort.ipynb #208f4e6b
+# %% ../nbs/06_cohort.ipynb #25a79c95
 def begin_store(part,    # the folder `<cohort>.partial`
                 request, # what is asked for
                 make,    # makes a subject's arrays and rows from its number
@@ -482,7 +482,7 @@ def begin_store(part,    # the folder `<cohort>.partial`
     except OSError: shutil.rmtree(part); raise   # the disk is full: give back what was reserved
     return chunk
 
-# %% ../nbs/06_cohort.ipynb #4f4bf550
+# %% ../nbs/06_cohort.ipynb #012f628d
 def fill_store(part, request, subject, population, chunk, workers, progress):
     "Compute the chunks that are not there yet."
     n = request['n']
@@ -491,7 +491,7 @@ def fill_store(part, request, subject, population, chunk, workers, progress):
     with tqdm(total=n, initial=n - left, desc='virtual cohort', unit=' subjects', file=sys.stderr, disable=not progress, mininterval=.5) as bar:
         for count in each_done(make_chunk, tasks, min(workers, max(len(tasks), 1))): bar.update(count)
 
-# %% ../nbs/06_cohort.ipynb #169aec72
+# %% ../nbs/06_cohort.ipynb #a8ea5026
 def write_tables(part, request) -> list: # names of the tables
     "Turn the rows of all chunks into tables."
     chunks = sorted((part/'rows').glob('0*.json'))
@@ -505,7 +505,7 @@ def write_tables(part, request) -> list: # names of the tables
             for c in chunks: w.writerows(r[k] | (dict(split=next(split)) if k == 'table' else {}) for r in read_json(c))
     return list(first)
 
-# %% ../nbs/06_cohort.ipynb #c3c3bc6b
+# %% ../nbs/06_cohort.ipynb #10cea4a8
 def write_manifest(part, request):
     "Write the tables and describe the store."
     names = write_tables(part, request)
@@ -527,7 +527,7 @@ def finish_store(part, folder):
     os.replace(part, folder)
     fsync(folder.parent)
 
-# %% ../nbs/06_cohort.ipynb #baf1ff27
+# %% ../nbs/06_cohort.ipynb #79227833
 def virtual_request(n, seed, masks, subject, population) -> tuple: # what is asked for; what makes a subject
     "Refuse what cannot be built, before anything is written."
     if not isinstance(n, (int, np.integer)) or n < 1: raise DataError(f'is {n!r}', field='n', remedy='Give a whole number of subjects, 1 or more')
@@ -541,7 +541,7 @@ def usual_workers() -> int:
     "Every core this process may use, but 6 at most: a process takes .24 GB, and a build should fit into 2."
     return min(6, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
 
-# %% ../nbs/06_cohort.ipynb #639e12cf
+# %% ../nbs/06_cohort.ipynb #e208d40f
 def build_virtual_cohort(folder,                  # becomes the cohort
                          n:int,                   # subjects
                          seed:int=0,              # of the cohort: subject i of a seed is always the same
@@ -568,10 +568,10 @@ def build_virtual_cohort(folder,                  # becomes the cohort
             finish_store(part, folder)
     return open_cohort(folder)
 
-# %% ../nbs/06_cohort.ipynb #19b23961
+# %% ../nbs/06_cohort.ipynb #67078c23
 COHORT_SIZE = dict(smoke=60, demo=1500, paper=42129)  # virtual subjects of a preset; `paper` as many as the paper's four-chamber cines
 
-# %% ../nbs/06_cohort.ipynb #f08abc6b
+# %% ../nbs/06_cohort.ipynb #fc746088
 def cohort_at(cohort:str='virtual', # 'virtual', or the folder of a built cohort (absolute or from `root`)
               root='.',             # of the repository
               n:int=600,            # virtual: subjects
@@ -589,6 +589,6 @@ def cohort_at(cohort:str='virtual', # 'virtual', or the folder of a built cohort
         other = {k: v for k,v in asked.items() if v != usual[k] and k != 'coupling'}
         name = [f"virtual-n{n}-s{seed}-{asked['coupling']}", *(str(other.pop(k)) for k in ('people','disease') if k in other), *([digest(other, 8)] if other else []), *(['masks'] if masks else [])]
         return build_virtual_cohort(home/'-'.join(name), n, seed, workers, progress, masks=masks, **population).need(*need)
-    if (Path(root)/cohort).is_dir(): return open_cohort(Path(root)/cohort).need(*need, splits=SPLITS)
+    if (folder := Path(root)/Path(cohort).expanduser()).is_dir(): return open_cohort(folder).need(*need, splits=SPLITS)
     found = sorted(f'runs/cohorts/{p.parent.name}' for p in home.glob('*/manifest.json') if p.parent.suffix != '.partial')
     raise DataError(f"there is no cohort '{cohort}'", field='cohort', remedy=f"Valid: {', '.join(['virtual', *found])}, or the folder of another built cohort")

@@ -6,7 +6,7 @@
 __all__ = ['PARAMETERS', 'CHECK', 'project_root', 'complaint', 'check_value', 'assigned', 'set_names', 'check_parameters',
            'a_cohort', 'run_folder', 'show_where', 'save_figure', 'new_experiment']
 
-# %% ../nbs/19b_experiment.ipynb #e776b8af
+# %% ../nbs/19b_experiment.ipynb #4e0ee79b
 import ast,difflib,os
 from pathlib import Path
 import ecgflowcmr, nbformat, pandas as pd
@@ -14,13 +14,13 @@ from .cli import is_checkout,run_name
 from .ecg import DataError
 from .files import atomic_write,write_json
 
-# %% ../nbs/19b_experiment.ipynb #44fc2dde
+# %% ../nbs/19b_experiment.ipynb #619c7aec
 def project_root(start=None): # folder to start from, the working folder if None
     "The top folder of the project."
     start = Path(start or os.environ.get('ECGFLOWCMR_ROOT') or '.').resolve()
     return next((o for o in (start, *start.parents, Path(ecgflowcmr.__file__).resolve().parents[1]) if is_checkout(o)), start)
 
-# %% ../nbs/19b_experiment.ipynb #d1aca2ed
+# %% ../nbs/19b_experiment.ipynb #ca8a2052
 def complaint(name, val, ok): # `ok`: a list of values, a type, a pair (low, high), or a function that returns a complaint or None
     "What is wrong with parameter `name`, and what to do; None if `ok` allows it."
     if isinstance(ok, list):
@@ -32,12 +32,12 @@ def complaint(name, val, ok): # `ok`: a list of values, a type, a pair (low, hig
         return f'{val!r} is {type(val).__name__}, not {kind.__name__}', f'Give it as -r {name} {val}' if kind is str else f'Give a value of type {kind.__name__}'
     if isinstance(ok, tuple) and not ok[0] <= val <= ok[1]: return f'{val!r} is out of range', f'Use {ok[0]} to {ok[1]}'
 
-# %% ../nbs/19b_experiment.ipynb #75793290
+# %% ../nbs/19b_experiment.ipynb #e80ec78a
 def check_value(name, val, ok): # as for `complaint`
     "Raise `DataError` unless `val` is allowed by `ok`."
     if res := complaint(name, val, ok): raise DataError(res[0], field=f'parameter {name}', remedy=res[1])
 
-# %% ../nbs/19b_experiment.ipynb #0e2eb546
+# %% ../nbs/19b_experiment.ipynb #d758d758
 def assigned(src): # code of one cell
     "The names that a cell of nothing but plain assignments assigns; empty for any other cell."
     try:
@@ -46,7 +46,7 @@ def assigned(src): # code of one cell
         return [t.id for o in body for t in getattr(o, 'targets', None) or [o.target]]
     except (SyntaxError, ValueError, AttributeError): return []
 
-# %% ../nbs/19b_experiment.ipynb #3ceb2a77
+# %% ../nbs/19b_experiment.ipynb #b7d8bfc0
 def set_names(cells, known): # inputs of the kernel, oldest first; valid names
     "The parameter names that the parameters cell and papermill's injected cell set."
     res = []
@@ -56,7 +56,7 @@ def set_names(cells, known): # inputs of the kernel, oldest first; valid names
         elif set(names) & set(known): res = names
     return res
 
-# %% ../nbs/19b_experiment.ipynb #6bc7a332
+# %% ../nbs/19b_experiment.ipynb #3326876f
 def check_parameters(names,     # `globals()`
                      **allowed, # every parameter: a list of values, a type, a pair (low, high), or a function
                     ) -> dict:  # the parameters
@@ -71,15 +71,16 @@ def check_parameters(names,     # `globals()`
         check_value(o, names[o], ok)
     return {o:names[o] for o in allowed}
 
-# %% ../nbs/19b_experiment.ipynb #e7f72eb0
+# %% ../nbs/19b_experiment.ipynb #ab228948
 def a_cohort(val): # as given by the user
     "What is wrong with the parameter `cohort`, or None."
     if not isinstance(val, str): return f'{val!r} is {type(val).__name__}, not str'
-    if val == 'virtual' or (Path(val).expanduser()/'manifest.json').is_file(): return
-    what = 'a folder without manifest.json' if Path(val).expanduser().is_dir() else 'no such folder'
-    return f"{val!r}: {what}. Valid are: virtual, or the folder of a built cohort (chapter 06), which holds a manifest.json"
+    folder = project_root()/Path(val).expanduser()   # as `cohort_at` looks: an absolute path, or one from the top folder, wherever the notebook runs
+    if val == 'virtual' or (folder/'manifest.json').is_file(): return
+    what = 'a folder without manifest.json' if folder.is_dir() else 'no such folder'
+    return f"{val!r}: {what}. Valid are: virtual, or the folder of a built cohort (chapter 06), which holds a manifest.json; absolute, or from the top folder"
 
-# %% ../nbs/19b_experiment.ipynb #c4f4065f
+# %% ../nbs/19b_experiment.ipynb #62756db3
 def run_folder(root, run='', preset='demo'): # top folder, name of the run, preset
     "`runs/<run or preset>`, created."
     try: res = Path(root)/'runs'/run_name(run, preset)
@@ -87,7 +88,7 @@ def run_folder(root, run='', preset='demo'): # top folder, name of the run, pres
     res.mkdir(parents=True, exist_ok=True)
     return res
 
-# %% ../nbs/19b_experiment.ipynb #b629cbdf
+# %% ../nbs/19b_experiment.ipynb #ac9c4804
 def show_where(root=None, **paths): # top folder; what=path
     "Print where results and pictures are."
     root = Path(root or project_root()).resolve()
@@ -95,7 +96,7 @@ def show_where(root=None, **paths): # top folder; what=path
         p = Path(p).resolve()
         print(f"{k.replace('_',' ')}: {p.relative_to(root) if p.is_relative_to(root) else p.name}")
 
-# %% ../nbs/19b_experiment.ipynb #34cb0c6f
+# %% ../nbs/19b_experiment.ipynb #ab6e5733
 def save_figure(fig,          # matplotlib figure, or None for a table alone
                 name,         # file name without ending
                 folder,       # where
@@ -112,7 +113,7 @@ def save_figure(fig,          # matplotlib figure, or None for a table alone
     write_json(p := base.with_name(base.name+'.json'), dict(made_by=provenance, numbers=f'{name}.csv' if table else data))
     return res+[p]
 
-# %% ../nbs/19b_experiment.ipynb #2ecf17f5
+# %% ../nbs/19b_experiment.ipynb #cc0307e6
 PARAMETERS = '''
 preset: str = 'demo'  # size: smoke (seconds) | demo (2 CPU cores, minutes) | paper (GPU)
 cohort: str = 'virtual'  # virtual, or the folder of a built cohort
@@ -120,14 +121,14 @@ run: str = ''  # folder of runs/ for the results; the preset's name if empty
 seed: int = 0  # seed of everything drawn at random
 '''.strip()
 
-# %% ../nbs/19b_experiment.ipynb #6a1abede
+# %% ../nbs/19b_experiment.ipynb #fa1e5042
 CHECK = '''
 check_parameters(globals(), preset=['smoke','demo','paper'], cohort=a_cohort, run=str, seed=(0, 2**31-1))
 root = project_root()
 out = run_folder(root, run, preset)
 '''.strip()
 
-# %% ../nbs/19b_experiment.ipynb #15ed0293
+# %% ../nbs/19b_experiment.ipynb #9ca00ab8
 def new_experiment(title, summary, *cells): # code of further cells
     "A notebook with the cells every experiment begins with, and `cells`."
     v4 = nbformat.v4

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEXES', 'read_plain', 'as_numbers', 'codes', 'plan_hospital', 'build_hospital']
 
-# %% ../nbs/06f_hospital.ipynb #6b308b2c
+# %% ../nbs/06f_hospital.ipynb #68f3da89
 import re
 from pathlib import Path
 import pandas as pd
@@ -13,7 +13,7 @@ from .ecg import DataError
 from .build import build_cohort
 from .diagnoses import dotted, joined
 
-# %% ../nbs/06f_hospital.ipynb #af5a1fc1
+# %% ../nbs/06f_hospital.ipynb #6a465214
 SEXES = {'f': 'female', 'female': 'female', 'w': 'female', 'm': 'male', 'male': 'male'}
 
 def read_plain(path) -> pd.DataFrame: # text
@@ -37,7 +37,7 @@ def codes(cell) -> str: # ICD-10, any separators
     if not all(map(dotted, parts)): raise DataError('an entry is no ICD-10 code', field='diagnoses', remedy='Give codes such as I42.0, with ; between them')
     return joined(map(dotted, parts))
 
-# %% ../nbs/06f_hospital.ipynb #0cbacd62
+# %% ../nbs/06f_hospital.ipynb #86b32160
 def plan_hospital(table,                # DataFrame of text, or the path of a csv
                   subject='subject', ecg='ecg', la='', sa='', # columns; '' where there is none
                   diagnoses='', split='', visit='', la_labels='', sa_labels='', # likewise; the last two of segmentations of the cines

@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'AFTER', 'TABLES', 'CODE', 'read_strip', 'median_beat', 'strips', 'in_order', 'version', 'ecg_features',
            'People', 'virtual_rows', 'reading_files', 'many_readings', 'virtual_readings']
 
-# %% ../nbs/06a_readings.ipynb #1af4d89e
+# %% ../nbs/06a_readings.ipynb #c3a90e72
 import importlib, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .virtual.people import labels_of, covariates_of, virtual_person
 from .virtual.disease import icd10
 from .cohort import each_done, read_table, usual_workers, whole_population
 
-# %% ../nbs/06a_readings.ipynb #de31fdca
+# %% ../nbs/06a_readings.ipynb #a225605a
 BEFORE, AFTER = .25, .65  # s around the onset of QRS
 
 def read_strip(mv) -> dict: # of `measure`, or empty
@@ -40,7 +40,7 @@ def median_beat(mv, fs=FS) -> np.ndarray: # `(12, 450)` float32, mV; NaN where t
     out[:,a-start:b-start] = beat[:,a:b]
     return out
 
-# %% ../nbs/06a_readings.ipynb #b0e1e79e
+# %% ../nbs/06a_readings.ipynb #6bbbcefe
 def strips(file, start, stop) -> tuple: # job: rows of an ECG file
     "Where it belongs, and what the machine prints for rows `start` to `stop`."
     x = np.load(file, mmap_mode='r', allow_pickle=False)
@@ -58,12 +58,12 @@ def in_order(job,     # an importable function: where its part belongs, and a li
         for place,items in each_done(job, tasks, (workers or usual_workers()) if n > 150 else 1): parts[place] = items; bar.update(len(items))   # a process takes seconds to start
     return {k: parts[k] for k in sorted(parts)}
 
-# %% ../nbs/06a_readings.ipynb #78b6f651
+# %% ../nbs/06a_readings.ipynb #4ba26f16
 def version(*modules) -> str:
     "A fingerprint of the code of modules."
     return digest([sha256_file(importlib.import_module(m).__file__) for m in modules], 8)
 
-# %% ../nbs/06a_readings.ipynb #0723aaf7
+# %% ../nbs/06a_readings.ipynb #c6b9ee72
 def ecg_features(cohort,        # of `open_cohort`
                  folder,        # where the table is kept
                  workers=None,  # processes
@@ -78,7 +78,7 @@ def ecg_features(cohort,        # of `open_cohort`
         with atomic_write(file) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False, lineterminator='\n')
     return read_table(file)
 
-# %% ../nbs/06a_readings.ipynb #7f1838a6
+# %% ../nbs/06a_readings.ipynb #97090fd5
 @dataclass
 class People:
     "Tables of one population, a row for each person."
@@ -102,7 +102,7 @@ def virtual_rows(place, start, stop, seed, population) -> tuple: # job: place, l
             out.append((read_strip(mv), exact, measured, covariates_of(p) | dict(diagnoses=';'.join(icd10(p.illness)))))
     return place, out
 
-# %% ../nbs/06a_readings.ipynb #c33405fb
+# %% ../nbs/06a_readings.ipynb #5ee7edaa
 CODE = [f'ecgflowcmr.{m}' for m in ('delineate', 'virtual.heart', 'virtual.phenotypes', 'virtual.ecg', 'virtual.body', 'virtual.disease', 'virtual.measured', 'virtual.coupling', 'virtual.people')]
 
 def reading_files(folder, n, seed, start, population) -> dict: # table -> file
@@ -110,7 +110,7 @@ def reading_files(folder, n, seed, start, population) -> dict: # table -> file
     name = digest(dict(n=n, seed=seed, start=start, population=plain(population), code=version(*CODE)), 16)
     return {k: Path(folder)/f'{k}-{name}.csv' for k in TABLES}
 
-# %% ../nbs/06a_readings.ipynb #8da73926
+# %% ../nbs/06a_readings.ipynb #9f0baa44
 def many_readings(groups:dict,   # name -> dict(n, seed=0, start=0, and what `virtual_subject` takes)
                   folder,        # where the tables are kept
                   workers=None,  # processes

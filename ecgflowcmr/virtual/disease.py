@@ -8,7 +8,7 @@ __all__ = ['DISEASES', 'RISK', 'SUBTYPES', 'ARTERIES', 'SEGMENTS_OF', 'RHYTHMS',
            'choose', 'draw_illness', 'icd10', 'regional', 'rhythm', 'balanced', 'afflict_heart', 'hallmark',
            'muscle_signs', 'other_signs', 'scar_signs', 'possible', 'afflict_ecg']
 
-# %% ../../nbs/04b_virtual.disease.ipynb #f3d48a5f
+# %% ../../nbs/04b_virtual.disease.ipynb #989c6d5e
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from .heart import Heart, DENSITY
 from .ecg import Electrics, VALID, qrs_qt, check_electrics
 from .body import UKB, HOSPITAL, body, within
 
-# %% ../../nbs/04b_virtual.disease.ipynb #7f2b2245
+# %% ../../nbs/04b_virtual.disease.ipynb #e59ca365
 DISEASES = 'CAD', 'HCM', 'DCM', 'RCM', 'HF', 'PERI', 'PH'
 #            prevalence   log risk: a decade of age, a man
 RISK = dict(CAD=(.130, .50, .90), HCM=(.0015, .10, .50), DCM=(.0027, .15, .70), RCM=(.0005, .60, .60), HF=(.014, .70, .60), PERI=(.002, .10, .40), PH=(.001, .30, -.30))
@@ -42,7 +42,7 @@ def draw_disease(b:dict, rng:np.random.Generator) -> str: # of `DISEASES`, or ''
     edges = np.cumsum([risk(b, d) for d in DISEASES])
     return (*DISEASES, '')[int(np.searchsorted(edges, rng.random(), side='right'))]
 
-# %% ../../nbs/04b_virtual.disease.ipynb #06e049ae
+# %% ../../nbs/04b_virtual.disease.ipynb #116a7be0
 def patient(disease:str,            # of `DISEASES`, or '' for anybody
             rng:np.random.Generator,
             hospital:bool=False,    # the second hospital's population
@@ -54,7 +54,7 @@ def patient(disease:str,            # of `DISEASES`, or '' for anybody
     z, u = rng.normal(), rng.random()
     return body(rng, hospital, age=float(np.clip(mean + age*sd*sd/10 + sd*z, low, high)), male=bool(u < p['male']*np.exp(man)/(p['male']*np.exp(man) + 1 - p['male'])))
 
-# %% ../../nbs/04b_virtual.disease.ipynb #14c38a28
+# %% ../../nbs/04b_virtual.disease.ipynb #05852ed1
 @dataclass
 class Illness:
     "One person's illness; the default is none."
@@ -74,7 +74,7 @@ SEGMENTS_OF = dict(LAD=(14,13,8,7,2,1), RCA=(10,4,15,9,3), LCx=(11,12,5,16,6))  
 #                 fibrillation, LBBB, RBBB of the diagnosed (sheet 4.2); '' = everybody
 RHYTHMS = {'':(.018,.006,.025), 'CAD':(.05,.015,.03), 'HCM':(.075,.022,.053), 'DCM':(.15,.18,.03), 'RCM':(.20,.04,.05), 'HF':(.18,.08,.04), 'PERI':(.04,.006,.025), 'PH':(.08,.01,.08)}
 
-# %% ../../nbs/04b_virtual.disease.ipynb #53b4cae3
+# %% ../../nbs/04b_virtual.disease.ipynb #e6ea2b09
 #                share subclinical, their a and b, a and b of the others
 SEVERITY = dict(screening=(.45, (1.2,7.), (2.2,2.)), clinical=(.03, (1.2,7.), (5.,3.)))
 
@@ -90,7 +90,7 @@ def choose(shares:dict, u:float) -> str:
     "The name at `u` of a cumulative distribution."
     return list(shares)[min(int(np.searchsorted(np.cumsum(list(shares.values())), u, side='right')), len(shares)-1)]
 
-# %% ../../nbs/04b_virtual.disease.ipynb #1517155d
+# %% ../../nbs/04b_virtual.disease.ipynb #303a56ce
 USUAL = .7   # severity of the patients whom the papers describe
 
 def draw_illness(disease:str,            # of `DISEASES`, or '' for health
@@ -108,7 +108,7 @@ def draw_illness(disease:str,            # of `DISEASES`, or '' for health
     return Illness(disease, s, sub, choose(ARTERIES, u[3]) if scar or disease=='CAD' else '', bool(u[4] < often[0]), float((.75 + .25*u[6])*left),
                    float((.4 + .6*u[8])*(u[7] < often[2] and not left)), scar)
 
-# %% ../../nbs/04b_virtual.disease.ipynb #4ff99521
+# %% ../../nbs/04b_virtual.disease.ipynb #325b9f5a
 CODE = dict(CAD=dict(mild='I25.1', infarct='I25.2'), HCM=dict(septal='I42.1', apical='I42.2', concentric='I42.2'), DCM=dict(idiopathic='I42.0'), RCM=dict(idiopathic='I42.5', amyloid='I43.1'),
             HF=dict(reduced='I50.1', preserved='I50.9'), PERI=dict(acute='I30.9', effusion='I31.3', constrictive='I31.1'), PH=dict(arterial='I27.0'))
 
@@ -118,7 +118,7 @@ def icd10(what:Illness) -> list: # of str
     rest = dict(zip(('I25.2','I48.9','I44.7','I45.1'), (what.infarct > 0, what.af, what.lbbb > 0, what.rbbb >= .7)))
     return first + [c for c,has in rest.items() if has and c not in first]
 
-# %% ../../nbs/04b_virtual.disease.ipynb #cebcb100
+# %% ../../nbs/04b_virtual.disease.ipynb #cc2a4366
 FACTORS = {
     'CAD mild': dict(lvm=1.08, ell=.88, aao_dist=.76, dao_dist=.78, la_max=1.06),
     'CAD infarct': dict(lvedv=1.24, lvm=1.12, ell=.76, aao_dist=.76, dao_dist=.78, la_max=1.22, rvedv=1.02),
@@ -138,7 +138,7 @@ SHIFTS = {
     'PERI acute': dict(hr=20, fluid=3), 'PERI effusion': dict(hr=17, fluid=13), 'PERI constrictive': dict(hr=14, fluid=3, early=.24, flatten=.35, la_ef=-12),
     'PH arterial': dict(lvef=-2, ra_ef=-14, flatten=.85, hr=10, early=-.05)}
 
-# %% ../../nbs/04b_virtual.disease.ipynb #8dd4d8fc
+# %% ../../nbs/04b_virtual.disease.ipynb #65e0f29f
 WALLS = {'HCM septal': (2,3,8,9), 'HCM apical': (13,14,15,16), 'PH arterial': (2,3,8,9,14)}
 
 def regional(h:dict, what:Illness, z:np.ndarray) -> dict: # 16 normal numbers
@@ -157,7 +157,7 @@ def regional(h:dict, what:Illness, z:np.ndarray) -> dict: # 16 normal numbers
     if what.lbbb: contract[[1,2,7,8]] *= 1 - .2*what.lbbb
     return dict(wt=wt, contract=contract)
 
-# %% ../../nbs/04b_virtual.disease.ipynb #8dddae97
+# %% ../../nbs/04b_virtual.disease.ipynb #8b84d9fa
 def rhythm(h:dict, what:Illness, z:np.ndarray) -> dict: # 4 normal numbers
     "What fibrillation and left bundle branch block do to the way a heart moves."
     out = {}
@@ -188,13 +188,13 @@ def afflict_heart(h:Heart,           # the same person's heart in health
     changed = what.disease or what.af or what.lbbb
     return within(h | balanced(h, was, 1 + .12*s*(what.disease=='PH'))) if changed else was
 
-# %% ../../nbs/04b_virtual.disease.ipynb #82461ab4
+# %% ../../nbs/04b_virtual.disease.ipynb #ba718141
 ECG_FACTORS = {'CAD': dict(t_ratio=.90, qrs_gain=.97), 'HCM': dict(qrs_gain=1.10, t_ratio=.88, p_late=1.5), 'DCM': dict(p_late=1.7, limb_gain=.85, qrs_gain=.95), 'RCM': dict(t_ratio=.95, p_late=1.8, p_gain=.85),
                'HF': dict(t_ratio=.86, p_late=1.5), 'PERI': dict(), 'PH': dict(p_late=.9)}
 ECG_SHIFTS = {'CAD': dict(qtc_ms=7, qrs_ms=1.5), 'HCM': dict(qrs_ms=7, qtc_ms=14, p_ms=8), 'DCM': dict(qrs_ms=6, qtc_ms=18, p_ms=10, axis_deg=-15), 'RCM': dict(p_ms=26, qtc_ms=14, axis_deg=-60, t_axis_deg=35, p_notch=.6), 'HF': dict(qrs_ms=9, qtc_ms=11, p_ms=9, axis_deg=-10),
               'PERI': dict(qtc_ms=4), 'PH': dict(qrs_ms=4, qtc_ms=8)}
 
-# %% ../../nbs/04b_virtual.disease.ipynb #99739851
+# %% ../../nbs/04b_virtual.disease.ipynb #ab30d5dc
 def hallmark(s:float, # severity
              often:float, # frequency at the usual severity
              u:float, # uniform number
@@ -203,7 +203,7 @@ def hallmark(s:float, # severity
     p = min(often*s/USUAL, 1.)
     return 0. if u >= p else float(.45 + .55*(1 - u/p)*(.4 + .6*s))
 
-# %% ../../nbs/04b_virtual.disease.ipynb #8a78e649
+# %% ../../nbs/04b_virtual.disease.ipynb #77850040
 def muscle_signs(what:Illness, m) -> dict: # m(often) -> hallmark
     "The hallmarks of the cardiomyopathies and of heart failure."
     if what.disease=='HCM':
@@ -215,7 +215,7 @@ def muscle_signs(what:Illness, m) -> dict: # m(often) -> hallmark
         return dict(limb_gain=1-.70*low, qrs_gain=1-.42*low, septal_size=1.3*m(.66 if what.subtype=='amyloid' else .15), strain=.5*m(.25))
     return dict(strain=.5*m(.15), infarct_t=.6*m(.2))
 
-# %% ../../nbs/04b_virtual.disease.ipynb #792e7274
+# %% ../../nbs/04b_virtual.disease.ipynb #34752cac
 def other_signs(what:Illness, m) -> dict:
     "The hallmarks of coronary disease, pericarditis and pulmonary hypertension."
     if what.disease=='CAD': return dict(infarct_t=.7*m(.25), st_mv=-.06*m(.2))
@@ -227,7 +227,7 @@ def other_signs(what:Illness, m) -> dict:
     right = m(.45)
     return dict(axis_deg=56*right, rv_force=.62*m(.34), rv_strain=m(.30), p_right=1 + 1.7*m(.4), rbbb=.45*m(.15))
 
-# %% ../../nbs/04b_virtual.disease.ipynb #ff92a161
+# %% ../../nbs/04b_virtual.disease.ipynb #0f827f07
 def scar_signs(what:Illness, m, septal:float) -> dict:
     "Q waves and T of an old infarct; or septal ones without an infarct, as in amyloidosis and dilated hearts."
     if what.infarct and what.territory:
@@ -244,7 +244,7 @@ def possible(e:dict) -> Electrics:
     e.pr_ms = min(e.pr_ms, room); e.p_ms = max(min(e.p_ms, room, e.pr_ms - 12), 40.); e.rmssd_ms = min(e.rmssd_ms, 300*rr)
     return check_electrics(e)
 
-# %% ../../nbs/04b_virtual.disease.ipynb #7cb3862e
+# %% ../../nbs/04b_virtual.disease.ipynb #f0edaadc
 def afflict_ecg(e:Electrics,         # of the same person, its rhythm and PR those of the heart with the illness
                 what:Illness,
                 rng:np.random.Generator,
