@@ -30,15 +30,6 @@ def assert_standard(ecg):
     assert spread.max() < 8 and .3 < np.median(spread) < 3  # mV
     assert np.isfinite(phase_at(r_peaks(ecg.mv[1]), ecg.mv.shape[1])).mean() > .6
 
-def matched(truth, found, tol):
-    "How many true beats have their own found beat within `tol` samples."
-    i = j = hits = 0
-    while i < len(truth) and j < len(found):
-        if abs(truth[i]-found[j]) <= tol: i,j,hits = i+1,j+1,hits+1
-        elif truth[i] < found[j]: i += 1
-        else: j += 1
-    return hits
-
 
 # ---- real files -------------------------------------------------------------------------------------------------
 
@@ -78,23 +69,6 @@ def test_cinc2021_all(fixtures):
 
 def test_mitdb_is_refused_by_its_leads(fixtures):
     with pytest.raises(DataError, match=r'100.*lead I, II, III, aVR, aVL, aVF, V1, V2, V3, V4, V6: missing.*MLII'): read_ecg(fixtures/'ecg/mitdb/100')
-
-def test_r_peaks_against_cardiologists(fixtures):
-    at = str(fixtures/'ecg/mitdb/100')
-    lead = resample_poly(wfdb.rdrecord(at).p_signal[:,0], 25, 18, padtype='line')  # 360 -> 500 Hz
-    ann = wfdb.rdann(at, 'atr')
-    beats = ann.sample[np.isin(ann.symbol, list('NLRBAaJSVrFejnE/fQ?'))] * 500/360
-    assert len(beats) == 2273
-    found = r_peaks(lead)
-    hits = matched(beats, found, .075*500)
-    print(f'MIT-BIH 100: sensitivity {hits/len(beats):.4f}, positive predictivity {hits/len(found):.4f}')
-    assert hits/len(beats) >= .998 and hits/len(found) >= .998
-    # ten-second strips, as the models see them: a beat beside an edge counts as well
-    strips = [lead[k:k+5000] for k in range(0, 300_000, 5000)]
-    inside = [beats[(beats >= k) & (beats < k+5000)] - k for k in range(0, 300_000, 5000)]
-    found = [r_peaks(o) for o in strips]
-    hits = sum(matched(b, p, 37.5) for b,p in zip(inside, found))
-    assert hits/sum(map(len, inside)) >= .99 and hits/sum(map(len, found)) >= .99
 
 def test_other_formats_are_refused_not_misread(fixtures):
     others = [*fixtures.glob('ecg/sierra/*.[xX][mM][lL]'), *fixtures.glob('ecg/hl7/*'), *fixtures.glob('ecg/cpsc2019/*0014.mat'), *list(fixtures.glob('cine/**/*.dcm'))[:2],
