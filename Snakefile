@@ -3,8 +3,14 @@
 #   snakemake --cores 2                                  # all of it, at the demo preset
 #   snakemake --cores 2 --config preset=smoke run=try    # another size, another folder of runs/
 #   snakemake --profile profiles/slurm --config preset=paper
+#   snakemake --profile profiles/slurm --config preset=paper processes=8   # each training shared by eight GPUs of one machine
 #   snakemake --cores 2 virtual                          # the report on the virtual cohort; not part of `all`
 #   snakemake --cores 2 build_mimic                      # a cohort of a made-up archive, likewise; of real files: type the notebook's own line
+#   snakemake --cores 2 synthetic                        # three virtual cines for each training ECG; not part of `all`
+#   snakemake --cores 2 obedience                        # does the generator obey the ECG (chapter 15a); not part of `all`
+#   snakemake --cores 2 real_ecgs                        # a page of real ECGs; of the files that ECGFLOWCMR_FIXTURES names
+#   snakemake --cores 2 cost                             # what the full run would cost
+#   snakemake --cores 2 benchmarks_generator             # how fast the generator is, on a GPU if there is one; on a quiet machine
 #   snakemake --cores 1 benchmarks                       # how fast, beside the peers' way; not part of `all`, on a quiet machine
 
 import re
@@ -14,8 +20,10 @@ config.setdefault("preset", "demo")
 RUN = str(config.get("run") or config["preset"])
 KNOBS = " ".join(f"-p {k} {config[k]}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") != "")
 BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
-if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed"}:
-    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed")
+PROCESSES = int(config.get("processes", 1))
+MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
+if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "processes"}:
+    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, processes")
 
 
 def code(notebook):
@@ -50,6 +58,15 @@ rule benchmarks:
     params: KNOBS
     shell: "papermill nbs/95_benchmarks.ipynb {params}"
 
+rule benchmarks_generator:
+    input: code("95_benchmarks")
+    output: f"runs/{RUN}/benchmarks_generator/done.json"
+    log: f"runs/{RUN}/95_benchmarks.ipynb"
+    threads: workflow.cores
+    resources: gpu=1
+    params: KNOBS
+    shell: "papermill nbs/95_benchmarks.ipynb -p section generator {params}"
+
 rule build_ukbiobank:
     input: code("22_build_ukbiobank")
     output: f"runs/{RUN}/build_ukbiobank/done.json"
@@ -79,29 +96,68 @@ rule pamae:
     output: f"runs/{RUN}/pamae/done.json"
     log: f"runs/{RUN}/20_pamae_train.ipynb"
     threads: 2
+    resources: gpu=PROCESSES
     params: KNOBS
-    shell: "papermill nbs/20_pamae_train.ipynb {params}"
+    shell: MANY + "papermill nbs/20_pamae_train.ipynb {params}"
 
 rule vae:
     input: code("25_vae_train")
     output: f"runs/{RUN}/vae/done.json"
     log: f"runs/{RUN}/25_vae_train.ipynb"
     threads: 2
+    resources: gpu=PROCESSES
     params: KNOBS
-    shell: "papermill nbs/25_vae_train.ipynb {params}"
+    shell: MANY + "papermill nbs/25_vae_train.ipynb {params}"
 
 rule amdf:
     input: code("30_amdf_train"), rules.pamae.output, rules.vae.output
     output: f"runs/{RUN}/amdf/done.json"
     log: f"runs/{RUN}/30_amdf_train.ipynb"
     threads: 2
+    resources: gpu=PROCESSES
     params: KNOBS
-    shell: "papermill nbs/30_amdf_train.ipynb {params}"
+    shell: MANY + "papermill nbs/30_amdf_train.ipynb {params}"
 
 rule generate:
     input: code("35_generate"), rules.amdf.output
     output: f"runs/{RUN}/generate/done.json"
     log: f"runs/{RUN}/35_generate.ipynb"
     threads: 2
+    resources: gpu=1
     params: KNOBS
     shell: "papermill nbs/35_generate.ipynb {params}"
+
+rule synthetic:
+    input: code("35_generate"), rules.amdf.output
+    output: f"runs/{RUN}/synthetic/done.json"
+    log: f"runs/{RUN}/35_generate.ipynb"
+    threads: 2
+    resources: gpu=PROCESSES
+    params: KNOBS
+    shell: MANY + "papermill nbs/35_generate.ipynb -p per_subject 3 -p split train {params}"
+
+rule obedience:
+    input: code("32_obedience"), rules.amdf.output
+    output: f"runs/{RUN}/obedience/done.json"
+    log: f"runs/{RUN}/32_obedience.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: KNOBS
+    shell: "papermill nbs/32_obedience.ipynb {params}"
+
+rule real_ecgs:
+    input: code("36_real_ecgs"), rules.amdf.output
+    output: f"runs/{RUN}/real_ecgs/done.json"
+    log: f"runs/{RUN}/36_real_ecgs.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: KNOBS
+    shell: "papermill nbs/36_real_ecgs.ipynb {params}"
+
+rule cost:
+    input: code("96_cost")
+    output: f"runs/{RUN}/cost/done.json"
+    log: f"runs/{RUN}/96_cost.ipynb"
+    threads: 1
+    params: KNOBS
+    shell: "papermill nbs/96_cost.ipynb {params}"

@@ -13,7 +13,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], keywords=cfg['keywords'].split(),
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3.11',
                  'Programming Language :: Python :: 3.12', 'Programming Language :: Python :: 3.13'],
-    packages=find_packages(include=['ecgflowcmr', 'ecgflowcmr.*']), package_data={'ecgflowcmr': ['weights/*']}, include_package_data=True, zip_safe=False,
+    packages=find_packages(include=['ecgflowcmr', 'ecgflowcmr.*']), package_data={'ecgflowcmr': ['weights/*', 'weights/generator/*']}, include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'nbdev': ['ecgflowcmr=ecgflowcmr._modidx:d'], 'papermill.engine': ['ecgflowcmr=ecgflowcmr.cli:Engine']},

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'ARRAYS', 'LABELS', 'SPLITS', 'VIEWS', 'ABOUT', 'FRESH', 'AUDIT', 'COHORT_SIZE', 'hash_numbers',
-           'split_subjects', 'split_virtual', 'check_splits', 'check_need', 'read_rows', 'Cohort', 'read_manifest',
-           'fingerprint_of', 'check_file', 'read_table', 'audit_left', 'check_audit', 'open_cohort', 'end_with_parent',
-           'each_done', 'array_hash', 'each_row', 'row_of', 'look_at', 'looked_at', 'bare', 'as_number', 'same_values',
-           'labels_among', 'audit', 'audit_together', 'Scaler', 'train_rows', 'fit_scaler', 'check_fitted',
-           'subject_record', 'new_array', 'write_block', 'check_columns', 'make_chunk', 'whole_population', 'witnesses',
-           'same', 'check_request', 'begin_store', 'fill_store', 'write_tables', 'write_manifest', 'finish_store',
-           'virtual_request', 'usual_workers', 'build_virtual_cohort', 'cohort_at']
+           'split_subjects', 'split_virtual', 'people', 'check_splits', 'check_need', 'read_rows', 'Cohort',
+           'read_manifest', 'fingerprint_of', 'check_file', 'read_table', 'audit_left', 'check_audit', 'open_cohort',
+           'end_with_parent', 'each_done', 'array_hash', 'each_row', 'row_of', 'look_at', 'looked_at', 'bare',
+           'as_number', 'same_values', 'labels_among', 'audit', 'audit_together', 'twins_among', 'Scaler', 'train_rows',
+           'fit_scaler', 'check_fitted', 'subject_record', 'new_array', 'write_block', 'check_columns', 'make_chunk',
+           'whole_population', 'witnesses', 'same', 'check_request', 'begin_store', 'fill_store', 'write_tables',
+           'write_manifest', 'finish_store', 'virtual_request', 'usual_workers', 'build_virtual_cohort', 'cohort_at']
 
 # %% ../nbs/06_cohort.ipynb #09c7166b
 import csv, hashlib, inspect, os, re, shutil, sys, threading
@@ -29,13 +29,14 @@ from .files import atomic_write, digest, fsync, locked, plain, read_json, sha256
 from .virtual.people import virtual_subject
 from .twins import find_twins, signature
 
-# %% ../nbs/06_cohort.ipynb #4d7ca8be
+# %% ../nbs/06_cohort.ipynb #df9aba31
 FORMAT = 2  # of the store
 ARRAYS = {'ecg': ('float32', 'mV'), 'la': ('uint8', 'grey'), 'sa': ('uint8', 'grey'), 'la_mask': ('uint8', 'label'), 'sa_mask': ('uint8', 'label')}  # name -> stored type, unit
 LABELS = ('exact', 'measured')  # dicts of phenotypes a subject may have
 SPLITS = ('train', 'val', 'test')
 VIEWS = dict(ecg='ECGs', la='4-chamber cines', sa='short-axis cines')  # what an experiment may need
-ABOUT = ('subject', 'visit', 'split', 'rr_s', 'pixel_mm', 'diagnoses', 'la_found', 'sa_found', 'disease', 'severity')  # columns of the table that are no covariates
+ABOUT = ('subject', 'visit', 'split', 'rr_s', 'pixel_mm', 'diagnoses', 'la_found', 'sa_found', 'disease', 'severity',
+         'parent', 'sample', 'noise_seed', 'bundle')  # columns of the table that are no covariates
 
 # %% ../nbs/06_cohort.ipynb #83dd421a
 def hash_numbers(ids, seed=0) -> np.ndarray: # float64 in [0, 1)
@@ -59,7 +60,11 @@ def split_virtual(n,              # subjects
     u = hash_numbers(f'v{seed}-{i:06d}' for i in range(-(-n//10)*10)).reshape(-1, 10)
     return np.repeat(SPLITS, (7,1,2))[u.argsort(1).argsort(1)].ravel()[:n]
 
-# %% ../nbs/06_cohort.ipynb #37663ddc
+# %% ../nbs/06_cohort.ipynb #95ba7932
+def people(table) -> pd.Series: # a subject id for each row
+    "Whose ECG each row is: the parent's of a synthetic row, else the subject's."
+    return table['parent'] if 'parent' in table else table['subject']
+
 def check_splits(table,        # DataFrame with the columns `subject` and `split`
                  name='table', # what the error calls it
                  need=SPLITS,  # these must not be empty
@@ -69,8 +74,8 @@ def check_splits(table,        # DataFrame with the columns `subject` and `split
         if c not in table: raise DataError('the column is missing', file=name, field=c, remedy='A cohort has a subject and a split in each row')
     unknown = sorted(set(table['split'].astype(str)) - set(SPLITS))
     if unknown: raise DataError(f'unknown {", ".join(unknown)}', file=name, field='split', remedy=f'Valid: {", ".join(SPLITS)}')
-    both = int((table.groupby('subject')['split'].nunique() > 1).sum())
-    if both: raise DataError(f'{both} of {table["subject"].nunique()} subjects are in more than one split', file=name, field='split',
+    who = people(table); both = int((table.groupby(who)['split'].nunique() > 1).sum())
+    if both: raise DataError(f'{both} of {who.nunique()} subjects are in more than one split', file=name, field='split',
                              remedy='Split by patient: split_subjects(table.subject)')
     empty = [s for s in need if s not in set(table['split'])]
     if empty: raise DataError(f'nobody is in {", ".join(empty)}', file=name, field='split', remedy='Take more subjects or other fractions')
@@ -97,7 +102,7 @@ def read_rows(self,           # a Cohort
     if transform is not None and 'ecg' in arrays: arrays['ecg'] = transform(arrays['ecg'])
     return arrays | {k: self.table[k].to_numpy()[rows] for k in ('rr_s','pixel_mm')}
 
-# %% ../nbs/06_cohort.ipynb #3d16993f
+# %% ../nbs/06_cohort.ipynb #b0b4f2f6
 @dataclass(repr=False)
 class Cohort:
     "ECGs and cines of one cohort, row by row."
@@ -116,7 +121,7 @@ class Cohort:
     covariates = property(lambda self: self.table[[c for c in self.table if c not in ABOUT]], doc='What is known of each person besides the labels.')
     def __len__(self): return len(self.table)
     def __repr__(self):
-        n = self.table['subject'].nunique(); records = '' if n == len(self) else f', {len(self)} records'
+        n = people(self.table).nunique(); records = '' if n == len(self) else f', {len(self)} records'
         return f"Cohort: {self.manifest['kind']}, {n} subjects{records} ({', '.join(f'{len(self.index(s))} {s}' for s in SPLITS)})"
 
     def index(self, split): # 'train', 'val' or 'test'
@@ -143,7 +148,7 @@ def fingerprint_of(manifest) -> str: # hexadecimal
     "What identifies a cohort: all of its manifest except who made it."
     return digest({k: v for k,v in manifest.items() if k not in ('fingerprint', 'made_by')}, length=16)
 
-# %% ../nbs/06_cohort.ipynb #e74c27db
+# %% ../nbs/06_cohort.ipynb #2bbd105e
 def check_file(path,  # a file of the store
                entry, # its entry in the manifest: `bytes` and, for small files, `sha256`
               ):
@@ -154,7 +159,7 @@ def check_file(path,  # a file of the store
 
 def read_table(path) -> pd.DataFrame:
     "A table of the store, numbers exactly as written."
-    t = pd.read_csv(path, float_precision='round_trip', dtype=dict(subject=str, split=str, diagnoses=str))
+    t = pd.read_csv(path, float_precision='round_trip', dtype=dict(subject=str, parent=str, bundle=str, split=str, diagnoses=str))
     return t.fillna(dict(diagnoses='')) if 'diagnoses' in t else t
 
 # %% ../nbs/06_cohort.ipynb #b41591cb
@@ -212,7 +217,7 @@ def each_done(job,     # an importable function
             for d in done: yield d.result()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/06_cohort.ipynb #7a093bec
+# %% ../nbs/06_cohort.ipynb #be576f55
 def array_hash(x) -> str: # an array
     "64 bits that identify an array's bytes."
     return hashlib.blake2b(np.ascontiguousarray(x), digest_size=8).hexdigest()
@@ -229,16 +234,20 @@ def row_of(path, i) -> np.ndarray: # a copy
     "One row of an array file."
     return next(each_row(path, i, i + 1)).copy()
 
-def look_at(path, kind, start, stop) -> tuple: # job: start, hashes, signatures (none of masks)
-    "What the audit must know of some rows of an array file."
+def look_at(path, kind, start, stop, sign=True) -> tuple: # job: start, hashes, signatures (none of masks)
+    "What the audit must know of some rows of an array file; equal rows in a row share one signature."
+    seen = [(None, None)]
     with threadpool_limits(1):
-        seen = [(array_hash(x), signature(kind, x) if kind in VIEWS else None) for x in each_row(path, start, stop)]
-    return start, *map(list, zip(*seen))
+        for x in each_row(path, start, stop):
+            h = array_hash(x)
+            seen.append(seen[-1] if h == seen[-1][0] else (h, signature(kind, x) if sign and kind in VIEWS else None))
+    return start, *map(list, zip(*seen[1:]))
 
-# %% ../nbs/06_cohort.ipynb #4a7cae44
+# %% ../nbs/06_cohort.ipynb #b1d2b1a8
 def looked_at(files:dict,     # kind -> array files, one after the other
               workers=None,   # processes, None: as many as usual
               progress=True,  # a bar on stderr
+              sign=True,      # make signatures
              ) -> dict:       # kind -> hashes, signatures of all rows
     "What the audit must know of all rows."
     out = {}
@@ -247,7 +256,7 @@ def looked_at(files:dict,     # kind -> array files, one after the other
         starts = np.cumsum([0, *n]).tolist(); parts = {}
         with tqdm(total=sum(n), desc=f'audit of {k}', unit=' rows', file=sys.stderr, disable=not progress or sum(n) < 600, mininterval=.5) as bar:
             for p,m,before in zip(paths, n, starts):
-                tasks = [(p, k, a, min(a + 256, m)) for a in range(0, m, 256)]
+                tasks = [(p, k, a, min(a + 256, m), sign) for a in range(0, m, 256)]
                 for a,*found in each_done(look_at, tasks, (workers or usual_workers()) if m > 600 else 1): parts[before + a] = found; bar.update(len(found[0]))
         out[k] = tuple([o for a in sorted(parts) for o in parts[a][i]] for i in (0,1))
     return out
@@ -288,41 +297,47 @@ def labels_among(covariates, # DataFrame
         out += [f'{c} = {names[bare(c)]}'] if bare(c) in names else [f'{c} = {k}' for k,y in values.items() if same_values(x, y)][:1]
     return out
 
-# %% ../nbs/06_cohort.ipynb #be77e888
+# %% ../nbs/06_cohort.ipynb #40a6e281
 def audit(cohort,        # of `open_cohort`
           workers=None,  # processes for large cohorts, None: as many as usual
           progress=True, # a bar on stderr, for large cohorts
          ) -> dict:      # also written as `audit.json`
     "Count subjects in two splits, arrays that changed since the build, recordings under two ids, and labels among the covariates."
-    kept,subject = read_table(cohort.folder/'hashes.csv'),cohort.table['subject']
-    both = int((cohort.table.groupby('subject')['split'].nunique() > 1).sum())
+    kept,subject,drawn = read_table(cohort.folder/'hashes.csv'),people(cohort.table),'parent' in cohort.table
+    both = int((cohort.table.groupby(subject)['split'].nunique() > 1).sum())
     leaks = labels_among(cohort.covariates, cohort.exact, cohort.measured, diagnoses=cohort.table['diagnoses'])
     out = dict(version=AUDIT, fingerprint=cohort.fingerprint, subjects=int(subject.nunique()), rows=len(cohort), in_two_splits=both, labels_among_covariates=leaks)
     files = {k: cohort.folder/f'{k}.npy' for k in cohort.manifest['arrays']}
-    for k,(hashes,signatures) in looked_at({k: [f] for k,f in files.items()}, workers, progress).items():
+    for k,(hashes,signatures) in looked_at({k: [f] for k,f in files.items()}, workers, progress, not drawn).items():
         now = pd.Series(hashes); out[k] = dict(altered=int((now != kept[k]).sum()))
-        if k in VIEWS: out[k] |= dict(shared=int((subject.groupby(now).nunique() > 1).sum()), twins=[[i, j, round(r, 3)] for i,j,r in find_twins(k, signatures, subject, lambda i: row_of(files[k], i))])
+        if k in VIEWS: out[k] |= dict(shared=int((subject.groupby(now).nunique() > 1).sum()))
+        if k in VIEWS and not drawn: out[k] |= dict(twins=[[i, j, round(r, 3)] for i,j,r in find_twins(k, signatures, subject, lambda i: row_of(files[k], i))])
     out['ok'] = not (both or leaks or any(v for k in files for v in out[k].values()))
     write_json(cohort.folder/'audit.json', out)
     return out
 
-# %% ../nbs/06_cohort.ipynb #3d0f2167
+# %% ../nbs/06_cohort.ipynb #ca704a0d
 def audit_together(cohorts,      # of `open_cohort`
                    workers=None, # processes for large cohorts
                    progress=True,# a bar on stderr, for large cohorts
                   ) -> dict:     # `ok`, counts, and twins as ((cohort, row), (cohort, row), likeness)
-    "Subjects in two splits, and recordings under two ids, across cohorts."
-    every = pd.concat([c.table[['subject','split']].assign(cohort=i, row=range(len(c))) for i,c in enumerate(cohorts)], ignore_index=True)
+    "Subjects in two splits, synthetic rows of held-out parents, and recordings under two ids, across cohorts."
+    every = pd.concat([c.table[['split']].assign(subject=people(c.table), drawn='parent' in c.table, cohort=i, row=range(len(c))) for i,c in enumerate(cohorts)], ignore_index=True)
     both = int((every.groupby('subject')['split'].nunique() > 1).sum())
-    out = dict(cohorts=[c.fingerprint for c in cohorts], subjects=int(every['subject'].nunique()), in_two_splits=both)
+    held = int((every['drawn'] & every['subject'].isin(every.loc[every['split'] != 'train', 'subject'])).sum())
+    out = dict(cohorts=[c.fingerprint for c in cohorts], subjects=int(every['subject'].nunique()), in_two_splits=both, synthetic_of_held_out=held)
     for k in VIEWS:
-        has = [i for i,c in enumerate(cohorts) if getattr(c, k) is not None]
-        if not has: continue
-        at = every[every['cohort'].isin(has)].reset_index(drop=True); place = list(zip(at['cohort'], at['row']))
-        fetch = lambda i: row_of(cohorts[place[i][0]].folder/f'{k}.npy', place[i][1])
-        _,signatures = looked_at({k: [cohorts[i].folder/f'{k}.npy' for i in has]}, workers, progress)[k]
-        out[k] = [[list(place[i]), list(place[j]), round(r, 3)] for i,j,r in find_twins(k, signatures, at['subject'], fetch)]
-    return out | dict(ok=not (both or any(out.get(k) for k in VIEWS)))
+        has = [i for i,c in enumerate(cohorts) if getattr(c, k) is not None and (k == 'ecg' or 'parent' not in c.table)]   # a drawn cine is no recording
+        if has: out[k] = twins_among(cohorts, k, every[every['cohort'].isin(has)], workers, progress)
+    return out | dict(ok=not (both or held or any(out.get(k) for k in VIEWS)))
+
+def twins_among(cohorts, k, at, workers, progress) -> list: # at: DataFrame of cohort, row, subject
+    "Recordings of one kind that stand under two ids in some cohorts."
+    hashes,signatures = looked_at({k: [cohorts[i].folder/f'{k}.npy' for i in at['cohort'].unique()]}, workers, progress)[k]
+    at = at.assign(hash=hashes, at=range(len(at))).drop_duplicates(['cohort','subject','hash'])   # of rows that share an ECG, one
+    place = list(zip(at['cohort'].tolist(), at['row'].tolist()))
+    fetch = lambda i: row_of(cohorts[place[i][0]].folder/f'{k}.npy', place[i][1])
+    return [[list(place[i]), list(place[j]), round(r, 3)] for i,j,r in find_twins(k, [signatures[i] for i in at['at']], at['subject'], fetch)]
 
 # %% ../nbs/06_cohort.ipynb #5de27769
 @dataclass
@@ -359,7 +374,7 @@ def check_fitted(scaler, cohort): # -> itself
         raise DataError(f'was fitted on {on or "nobody knows what"}', file=cohort.folder, field='scaler', remedy='Use fit_scaler(cohort, values)')
     return scaler
 
-# %% ../nbs/06_cohort.ipynb #15d49882
+# %% ../nbs/06_cohort.ipynb #83eebd5c
 def subject_record(subject,    # `subject(i, seed, **population)`
                    i,          # number of the subject
                    seed,       # of the cohort
@@ -373,7 +388,7 @@ def subject_record(subject,    # `subject(i, seed, **population)`
     if masks and 'la_mask' not in arrays: raise DataError('the subjects have no masks', field='masks', remedy='Build without them')
     sid = f'v{seed}-{i:06d}'
     table = dict(subject=sid, rr_s=s.rr_s, pixel_mm=s.pixel_mm, diagnoses=';'.join(s.diagnoses))
-    clash = set(s.covariates) & (set(table) | {'split'})
+    clash = set(s.covariates) & (set(table) | {'split', 'parent'})
     if clash: raise DataError(f'covariates named {", ".join(sorted(clash))}', remedy='The table has such columns already: rename them')
     rows = dict(table=table | s.covariates, hashes=dict(subject=sid) | {k: array_hash(x) for k,x in arrays.items()})
     return arrays, rows | {k: dict(subject=sid) | getattr(s, k) for k in LABELS if getattr(s, k, None)}

@@ -6,13 +6,14 @@
 __all__ = ['PARAMETERS', 'CHECK', 'project_root', 'complaint', 'check_value', 'assigned', 'set_names', 'check_parameters',
            'a_cohort', 'run_folder', 'show_where', 'save_figure', 'new_experiment']
 
-# %% ../nbs/19b_experiment.ipynb #4e0ee79b
+# %% ../nbs/19b_experiment.ipynb #a0b8df28
 import ast,difflib,os
 from pathlib import Path
 import ecgflowcmr, nbformat, pandas as pd
 from .cli import is_checkout,run_name
 from .ecg import DataError
 from .files import atomic_write,write_json
+from .processes import main_process
 
 # %% ../nbs/19b_experiment.ipynb #619c7aec
 def project_root(start=None): # folder to start from, the working folder if None
@@ -96,14 +97,15 @@ def show_where(root=None, **paths): # top folder; what=path
         p = Path(p).resolve()
         print(f"{k.replace('_',' ')}: {p.relative_to(root) if p.is_relative_to(root) else p.name}")
 
-# %% ../nbs/19b_experiment.ipynb #ab6e5733
+# %% ../nbs/19b_experiment.ipynb #c6c2e1b8
 def save_figure(fig,          # matplotlib figure, or None for a table alone
                 name,         # file name without ending
                 folder,       # where
                 data=None,    # the numbers: a DataFrame, or anything that JSON can hold
                 **provenance, # what made them: run, preset, seed, versions
                ) -> list:     # the files
-    "Write a figure with the numbers behind it."
+    "Write a figure with the numbers behind it; of several processes the main one does."
+    if not main_process(): return []
     base,res = Path(folder)/name,[]
     def write(end, f):
         with atomic_write(p := base.with_name(base.name+end)) as tmp: f(tmp)

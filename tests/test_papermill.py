@@ -196,8 +196,21 @@ def test_snakemake_types_the_papermill_lines():
     res = snakemake('preset=smoke', 'run=test-nothing', 'seed=3')
     shown = re.findall(r'papermill nbs/.*', res.stdout + res.stderr)
     assert sorted(shown) == [f'papermill nbs/{o}.ipynb -p preset smoke -p run test-nothing -p seed 3' for o in ('20_pamae_train', '25_vae_train', '30_amdf_train', '35_generate')], res.stderr
+    res = snakemake('preset=smoke', 'run=test-nothing', 'processes=2')
+    shown = re.findall(r'command: (.*papermill .*)', res.stdout + res.stderr)
+    many = 'torchrun --standalone --nproc-per-node 2 --no-python '
+    assert sorted(shown) == [f'{many if o[0] != "35" else ""}papermill nbs/{"_".join(o)}.ipynb -p preset smoke -p run test-nothing'
+                             for o in (('35', 'generate'), ('20', 'pamae_train'), ('25', 'vae_train'), ('30', 'amdf_train'))], res.stderr
     res = snakemake('presett=smoke')
     assert res.returncode != 0 and 'valid are preset, recipe, cohort, run, seed' in res.stdout + res.stderr
+
+
+def test_slurm_profile_asks_for_gpus():
+    res = call('-n', '-p', '--profile', 'profiles/slurm', '--config', 'preset=paper', 'run=test-nothing', 'processes=8', '--', 'obedience', 'real_ecgs', 'cost', 'generate', cwd=ROOT, cmd=(BIN/'snakemake',))
+    shown = dict(re.findall(r'^rule (\w+):\n(?:    .*\n)*?    resources: (.*)', res.stdout + res.stderr, re.M))
+    gpus = {k: (re.findall(r'gpu=(\d+)', v) or ['0'])[0] for k, v in shown.items()}
+    assert gpus == dict(pamae='8', vae='8', amdf='8', obedience='1', real_ecgs='1', generate='1', cost='0'), res.stdout + res.stderr
+    assert all('nodes=1' in v and 'runtime=' in v and 'mem_mb=' in v for v in shown.values())
 
 
 @pytest.mark.slow
