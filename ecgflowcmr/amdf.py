@@ -184,7 +184,7 @@ class ECGCondition(nn.Module):
         gone = lambda y, none: torch.where(drop.view(-1, *[1]*(y.ndim-1)), none.to(y.dtype), y)
         return gone(x, self.none), gone(pooled, self.none_pool), gone(first, torch.zeros_like(first))
 
-# %% ../nbs/11_amdf.ipynb #9fcf1fea
+# %% ../nbs/11_amdf.ipynb #46efc770
 class DiT(nn.Module):
     "v(z_t, t, c): the velocity of the standardised coefficients."
     def __init__(self, channels:int=68, width:int=256, depth:int=6, heads:int=4, features:int=128, measures:int=0, template:int=4, components:int=64, size:int=12, patch:int=1):
@@ -193,7 +193,7 @@ class DiT(nn.Module):
         self.enter, self.anchor = nn.Linear(channels*patch**2, width), nn.Linear(template*patch**2, width)
         self.place = nn.Parameter(torch.randn(n*n, width)*.02)
         self.squeeze, self.time, self.ecg, self.first = nn.Linear(width, 64), mlp(128, width, width), ECGCondition(features, width, channels, size, measures=measures, components=components), nn.Linear(channels*patch**2, width)
-        self.blocks = nn.ModuleList(AdaBlock(width, heads, width, 64) for _ in range(depth))
+        self.blocks = nn.ModuleList(AdaBlock(width, heads, width, 64, local=True) for _ in range(depth))
         self.norm, self.final, self.leave = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2*width), nn.Linear(width, channels*patch**2)
         for m in (self.final, self.leave): nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
 

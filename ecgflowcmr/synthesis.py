@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_BEAT', 'HEARTS', 'LIMITS', 'NOT_FOR', 'bundle_hash', 'row_ids', 'noise_seeds', 'ecgs_of', 'grey', 'draw_block',
            'make_block', 'is_drawn', 'whole_request', 'refuse_other', 'begin', 'copy_ecgs', 'record_names',
-           'synthetic_tables', 'write_synthetic', 'finish', 'synthesise', 'draw_share', 'shipped_bundle', 'run_bundles',
+           'synthetic_tables', 'write_synthetic', 'finish', 'draw_share', 'synthesise', 'shipped_bundle', 'run_bundles',
            'one_bundle', 'cohort_fingerprints', 'which_bundle', 'as_text', 'card_table', 'card_parts', 'model_card']
 
 # %% ../nbs/11d_synthesis.ipynb #d8b0a273
@@ -178,7 +178,17 @@ def finish(folder, part, cohort, rows, request, chunk, ids, seeds, pixel_mm):
     shutil.rmtree(part/'blocks', ignore_errors=True)
     finish_store(part, folder)
 
-# %% ../nbs/11d_synthesis.ipynb #77fc4ee4
+# %% ../nbs/11d_synthesis.ipynb #5d7caa97
+def draw_share(generator, cohort, part, rows, seeds, chunk, batch, progress, **options):
+    "Draw this process's blocks that are not there yet."
+    if (part/'manifest.json').exists(): return   # all are drawn and gathered
+    mine = shard(range(0, len(rows), chunk)); per = seeds.shape[1]
+    left = [a for a in mine if not is_drawn(part, a*per)]
+    with tqdm(total=len(mine)*chunk*per, initial=(len(mine) - len(left))*chunk*per, desc='synthetic cohort', unit=' cines', disable=not progress, mininterval=.5) as bar:
+        for a in left:
+            make_block(generator, cohort, rows[a:a+chunk], part, a*per, seeds[a:a+chunk], batch, **options); bar.update(len(rows[a:a+chunk])*per)
+
+# %% ../nbs/11d_synthesis.ipynb #94b9c5ed
 def synthesise(generator:ECGFlowCMR,  # None: loaded from the bundle
                bundle,                # its folder: whose fingerprint goes into every row
                cohort:Cohort,         # whose ECGs are drawn from
@@ -207,16 +217,7 @@ def synthesise(generator:ECGFlowCMR,  # None: loaded from the bundle
                 if main_process(): finish(folder, part, cohort, rows, request, begun['chunk'], ids, seeds, generator.config['pixel_mm'])
     return open_cohort(folder)
 
-def draw_share(generator, cohort, part, rows, seeds, chunk, batch, progress, **options):
-    "Draw this process's blocks that are not there yet."
-    if (part/'manifest.json').exists(): return   # all are drawn and gathered
-    mine = shard(range(0, len(rows), chunk)); per = seeds.shape[1]
-    left = [a for a in mine if not is_drawn(part, a*per)]
-    with tqdm(total=len(mine)*chunk*per, initial=(len(mine) - len(left))*chunk*per, desc='synthetic cohort', unit=' cines', disable=not progress, mininterval=.5) as bar:
-        for a in left:
-            make_block(generator, cohort, rows[a:a+chunk], part, a*per, seeds[a:a+chunk], batch, **options); bar.update(len(rows[a:a+chunk])*per)
-
-# %% ../nbs/11d_synthesis.ipynb #de3e5ade
+# %% ../nbs/11d_synthesis.ipynb #13fdaff6
 def shipped_bundle() -> Path:
     "The folder of the bundle that comes with the package, trained on virtual hearts."
     folder = Path(ecgflowcmr.__file__).parent/'weights'/'generator'
@@ -232,6 +233,7 @@ def run_bundles(run,       # folder of a run, `runs/<run>`
     about = lambda f: check_bundle(f)['provenance']
     return [f for f in found if recipe in ('', check_bundle(f)['config']['recipe']) and (cohorts is None or about(f).get('cohort') in cohorts)]
 
+# %% ../nbs/11d_synthesis.ipynb #55b4c07f
 def one_bundle(run, recipe, cohorts=None, seed=0): # a folder, or None where there is none
     "The run's only bundle that fits; of several, the one that was trained with this seed."
     found = run_bundles(run, recipe, cohorts)
