@@ -30,7 +30,7 @@ from .amdf import fit_guess, fit_harmonics, flow_loss, guided, loss_weight, sour
 from .bundle import RECIPES, ECGFlowCMR
 from .frames import fit_frames, frame_flow_loss, paper_config, released_config
 
-# %% ../nbs/11e_stages.ipynb #30788bd9
+# %% ../nbs/11e_stages.ipynb #ff78cfac
 def amdf_config(preset:str='demo', seed:int=0) -> dict: # settings of the flow
     "Sizes of the flow of recipe `harmonic`, of its student, and of their trainings."
     model = dict(smoke=dict(width=64, depth=2, components=16), demo=dict(width=256, depth=4, components=64), paper=dict(width=768, depth=12, heads=12, components=128))[preset]
@@ -39,7 +39,7 @@ def amdf_config(preset:str='demo', seed:int=0) -> dict: # settings of the flow
     few = dict(smoke=dict(paths=32, steps=20, batch=8, lr=5e-4, warmup=5, ema=.9), demo=dict(paths=1600, steps=500, batch=8, lr=5e-4, warmup=20, ema=.98),
                paper=dict(paths=40000, steps=20000, batch=8, lr=5e-5, warmup=500, ema=.999))[preset]
     shared = dict(weight_decay=1e-4, betas=(.9,.99), clip=1., seed=seed, log_every=20)
-    return dict(recipe='harmonic', model=model, space=dict(harmonics=8), alpha=1., drop=.1, steps=10, guidance=GUIDANCE, sampler='euler', train=shared | train, student=dict(steps=2, paths=few.pop('paths'), train=shared | few))
+    return dict(recipe='harmonic', model=model, space=dict(harmonics=8), alpha=1., alpha_sampling=.8, drop=.1, steps=10, guidance=GUIDANCE, sampler='euler', train=shared | train, student=dict(steps=2, paths=few.pop('paths'), train=shared | few))
 
 GUIDANCE = 1.  # of recipe `harmonic`: the conditional field itself; see chapter 30
 
@@ -152,7 +152,7 @@ def train_field(g:ECGFlowCMR, cache:dict, config:dict, folder, device:str):
     fit(g.dit, loss, len(cache['f']), training_steps(config['train'], len(cache['f'])), folder, device, f"AMDF ({config['recipe']})")
     g.cpu()
 
-# %% ../nbs/11e_stages.ipynb #2b17579d
+# %% ../nbs/11e_stages.ipynb #5b59a5d3
 @torch.no_grad()
 def many_paths(g:ECGFlowCMR, cache:dict, count:int, seed:int, file, batch:int=16) -> Tensor: # `(count, legs+1, channels, h, w)` half precision
     "Where the field's paths pass, kept in a file."
@@ -162,7 +162,7 @@ def many_paths(g:ECGFlowCMR, cache:dict, count:int, seed:int, file, batch:int=16
             rows = who[i:i+batch]
             with g.precision():
                 field, ecg = guided(g.dit, g.harmonics.template, cache['f'][rows].to(g.device), cache['rr'][rows].to(g.device), g.config['guidance'])
-                x0 = source(g.noise(range(seed+i, seed+i+len(rows))), ecg[2], g.config['alpha'])
+                x0 = source(g.noise(range(seed+i, seed+i+len(rows))), ecg[2], g.config['alpha_sampling'])
                 out.append(waypoints(field, x0, g.config['steps']).transpose(0, 1).half().cpu())
         write_tensors(file, dict(paths=torch.cat(out)))
     return read_tensors(file, 'Delete the file: it is made again')[0]['paths']
