@@ -198,7 +198,7 @@ def field_config(recipe:str, preset:str, seed:int) -> dict:
 
 def paper_config(preset:str='demo', seed:int=0) -> dict: # settings of the stages by name
     "Recipe `paper`: the text, and our sizes where it gives none."
-    pamae, vae = pamae_config(preset, seed), vae_config(preset, seed, 'paper')
+    pamae, vae = pamae_config(preset, seed), vae_config(preset, seed)
     if preset == 'paper': # the text's optimiser for all stages
         for c in (pamae, vae): c['train'] |= dict(optimizer='adamw', by_adamw=(), lr_adamw=None, epochs=10, lr=1e-4, batch=4, weight_decay=1e-4)
     return dict(pamae=pamae, vae=vae, amdf=field_config('paper', preset, seed))
