@@ -50,7 +50,7 @@ def recipe_config(preset:str='demo', recipe:str='harmonic', seed:int=0) -> dict:
     if recipe == 'released': return released_config(preset, seed)
     return dict(pamae=pamae_config(preset, seed), vae=vae_config(preset, seed), amdf=amdf_config(preset, seed))
 
-# %% ../nbs/11e_stages.ipynb #41fcb86b
+# %% ../nbs/11e_stages.ipynb #3d002893
 def fit_resnet(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the released encoder."
     folder = stage_folder(run, 'pamae-released', dict(cohort=cohort.fingerprint, **config))
@@ -66,6 +66,7 @@ def fit_resnet(cohort, config:dict, run, device:str='auto') -> tuple: # model, f
     finish_stage(folder, {}, config=config)
     return model.cpu().eval(), folder
 
+# %% ../nbs/11e_stages.ipynb #cb79f73a
 def fit_released_vae(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the released VAE with its discriminator."
     folder = stage_folder(run, 'vae-released', dict(cohort=cohort.fingerprint, **config))

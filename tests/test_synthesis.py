@@ -1,5 +1,5 @@
 """A synthetic cohort: killed at any moment it ends the same, several processes make the same, memory stays flat, and nobody's held-out ECG is mixed into a training."""
-import os, signal, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -48,23 +48,23 @@ def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for 
 
 
 SCRIPT = '''
-import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])
-import test_synthesis as t, ecgflowcmr.synthesis as s
-place, name, slow, kw = Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]), eval(sys.argv[5])
-if slow:
-    for f in ('draw_block', 'make_block', 'gather', 'copy_ecgs', 'write_synthetic', 'finish_store'):
-        def wrap(g):
-            def slowly(*a, **k): time.sleep(slow); out = g(*a, **k); time.sleep(slow); return out
-            return slowly
-        setattr(s, f, wrap(getattr(s, f)))
+import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])
+import test_synthesis as t
+place, name, kw = Path(sys.argv[2]), sys.argv[3], eval(sys.argv[4])
+if at := os.environ.get('KILL_AT'):  # this process kills itself as soon as such a file is there
+    replace = os.replace
+    def watched(*a, **k):
+        replace(*a, **k)
+        if list(place.glob(at)): os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = watched
 print('begun', flush=True)
 t.draw(place, name, **kw)
 print('peak', int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])//1024, flush=True)
 '''
 
 
-def start(place, name, slow=0., env=None, **kw):
-    return subprocess.Popen([sys.executable, '-c', SCRIPT, str(Path(__file__).parent), str(place), name, str(slow), repr(kw)], stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'} | (env or {}))
+def start(place, name, env=None, **kw):
+    return subprocess.Popen([sys.executable, '-c', SCRIPT, str(Path(__file__).parent), str(place), name, repr(kw)], stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'} | (env or {}))
 
 
 def test_what_is_written(place):
@@ -85,10 +85,8 @@ def test_what_is_written(place):
 def test_killed_and_begun_again(place, when):
     "SIGKILL when a file of the half-drawn cohort appears; the second start ends with the bytes of an uninterrupted one."
     whole, name = files(draw(place, 'plain').folder), 'killed-' + ''.join(ch for ch in when if ch.isalnum())
-    job = start(place, name, slow=.05); part, limit = place/f'{name}.partial', time.time() + 300
-    while not list(part.glob(when)) and job.poll() is None: assert time.time() < limit; time.sleep(.002)
-    assert job.poll() is None, 'it had ended already'
-    os.kill(job.pid, signal.SIGKILL); job.wait()
+    part = place/f'{name}.partial'
+    assert start(place, name, env=dict(KILL_AT=f'{part.name}/{when}')).wait(300) == -signal.SIGKILL
     assert part.exists() and not (place/name).exists()
     with pytest.raises(DataError, match='unfinished'): open_cohort(place/name)
     with pytest.raises(DataError, match='seed is 0 there and 3 here'): draw(place, name, seed=3)
