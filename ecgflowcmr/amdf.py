@@ -56,7 +56,7 @@ def fit_harmonics(h:Harmonics, batches) -> Harmonics: # batches of coefficients 
     h.mean.copy_(mean); h.spread.copy_((square/n - mean.square()).clamp(min=0).mean((1,2)).sqrt().clamp(min=1e-4))
     return h
 
-# %% ../nbs/11_amdf.ipynb #f78b31c2
+# %% ../nbs/11_amdf.ipynb #605cdd24
 class Measures(nn.Module):
     "Numbers of the delineation, standardised by the training set."
     def __init__(self, count:int):
@@ -67,7 +67,8 @@ class Measures(nn.Module):
     def fit(self, raw:Tensor): # `(n, count)`, NaN where missing
         self.median.copy_(raw.nanmedian(0).values.nan_to_num())
         x = torch.where(raw.isnan(), self.median, raw)
-        self.mean.copy_(x.mean(0)); self.std.copy_(x.std(0).clamp(min=1e-6))
+        self.mean.copy_(x.mean(0)); s = x.std(0)
+        self.std.copy_(torch.where(s < 1e-6, float('inf'), s))              # what never varied in training says nothing later either
         return self
 
     def forward(self, raw:Tensor) -> Tensor: # `(b, count)`, about -3 to 3

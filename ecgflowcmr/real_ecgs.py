@@ -56,7 +56,7 @@ def impossible(readings:dict, # phenotype -> value
     "Readings that no heart has."
     return [k for k,v in readings.items() if k in POSSIBLE and not POSSIBLE[k][0] <= v <= POSSIBLE[k][1]]
 
-# %% ../nbs/15c_real_ecgs.ipynb #b5eaf77e
+# %% ../nbs/15c_real_ecgs.ipynb #30468668
 class Nearness:
     "How far beats are from the beats of a training set."
     def __init__(self, f:Tensor,      # features `(n, 50, d)` of training beats
@@ -64,7 +64,8 @@ class Nearness:
                  near:int=5):         # neighbours
         x = f.flatten(1).double()
         if len(x) < 3: raise DataError(f'{len(x)} beats are too few', field='features', remedy='Give those of a training split')
-        self.near, self.mean, self.std = near, x.mean(0), x.std(0).clamp(min=1e-6)
+        self.near, self.mean, s = near, x.mean(0), x.std(0)
+        self.std = torch.where(s < 1e-6, float('inf'), s)                   # what never varies in training measures no distance
         self.train = (x - self.mean)/self.std
         _, s, v = torch.linalg.svd(self.train, full_matrices=False)
         k = min(k, len(x) - 2)
