@@ -8,22 +8,24 @@
 #   snakemake --cores 2 build_mimic                      # a cohort of a made-up archive, likewise; of real files: type the notebook's own line
 #   snakemake --cores 2 synthetic                        # three virtual cines for each training ECG; not part of `all`
 #   snakemake --cores 2 obedience                        # does the generator obey the ECG (chapter 15a); not part of `all`
+#   snakemake --cores 2 few_steps                        # quality against the number of steps; not part of `all`
 #   snakemake --cores 2 real_ecgs                        # a page of real ECGs; of the files that ECGFLOWCMR_FIXTURES names
 #   snakemake --cores 2 cost                             # what the full run would cost
 #   snakemake --cores 2 benchmarks_generator             # how fast the generator is, on a GPU if there is one; on a quiet machine
 #   snakemake --cores 1 benchmarks                       # how fast, beside the peers' way; not part of `all`, on a quiet machine
 
 import re
+import shlex
 from pathlib import Path
 
 config.setdefault("preset", "demo")
 RUN = str(config.get("run") or config["preset"])
-KNOBS = " ".join(f"-p {k} {config[k]}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") != "")
+KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed", "settings") if config.get(k, "") != "")
 BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
 PROCESSES = int(config.get("processes", 1))
 MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
-if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "processes"}:
-    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, processes")
+if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "settings", "processes"}:
+    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes")
 
 
 def code(notebook):
@@ -144,6 +146,15 @@ rule obedience:
     resources: gpu=1
     params: KNOBS
     shell: "papermill nbs/32_obedience.ipynb {params}"
+
+rule few_steps:
+    input: code("33_few_steps"), rules.amdf.output
+    output: f"runs/{RUN}/few_steps/done.json"
+    log: f"runs/{RUN}/33_few_steps.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: KNOBS
+    shell: "papermill nbs/33_few_steps.ipynb {params}"
 
 rule real_ecgs:
     input: code("36_real_ecgs"), rules.amdf.output

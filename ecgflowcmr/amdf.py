@@ -74,14 +74,15 @@ class Measures(nn.Module):
     def forward(self, raw:Tensor) -> Tensor: # `(b, count)`, about -3 to 3
         return ((torch.where(raw.isnan(), self.median, raw.float()) - self.mean)/self.std).clamp(-5, 5)
 
-# %% ../nbs/11_amdf.ipynb #a8eab32a
+# %% ../nbs/11_amdf.ipynb #9495f83d
 class Guess(nn.Module):
     "Reduced-rank ridge regression from the features of a beat to the coefficients of a cine."
-    def __init__(self, features:int, channels:int, size:int=12, components:int=64, measures:int=0):
+    def __init__(self, features:int, channels:int, size:int=12, components:int=64, measures:int=0, still:int=4): # the first `still` channels are anatomy
         super().__init__()
-        d = 50*features + measures + 1
-        self.features = features
-        for name,t in dict(mean=torch.zeros(d), std=torch.ones(d), weight=torch.zeros(d, components), components=torch.zeros(components, channels, size, size)).items(): self.register_buffer(name, t)
+        d, half = 50*features + measures + 1, components//2
+        self.features, self.count = features, 2*half
+        tensors = dict(mean=torch.zeros(d), std=torch.ones(d), weight=torch.zeros(d, 2*half), anatomy=torch.zeros(half, still, size, size), motion=torch.zeros(half, channels-still, size, size))
+        for name,t in tensors.items(): self.register_buffer(name, t)
 
     def raw(self, f:Tensor, rr:Tensor) -> Tensor: # `(b, d)`: learnt features, numbers of the machine, logarithm of the beat length
         return torch.cat([f[...,:self.features].float().flatten(1), f[:,0,self.features:].float(), 5*rr.float().log()[:,None]], 1)
@@ -92,7 +93,7 @@ class Guess(nn.Module):
         return ((self.raw(f, rr) - self.mean)/self.std).clamp(-8, 8)*share
 
     def expand(self, y:Tensor) -> Tensor: # components `(b, k)` -> coefficients `(b, channels, h, w)`
-        return torch.einsum('bk,kchw->bchw', y, self.components)
+        return torch.cat([torch.einsum('bk,kchw->bchw', s, part) for s,part in zip(y.chunk(2, 1), (self.anatomy, self.motion))], 1)
 
     def scores(self, f:Tensor, rr:Tensor) -> Tensor: # `(b, k)`
         with torch.autocast(f.device.type, enabled=False): return self.standard(f, rr) @ self.weight
@@ -124,7 +125,7 @@ def ridge_loo(F:Tensor,        # `(n, d)` standardised
     loo = torch.cat([left_out(p)[:,best==p] for p in best.unique()], 1)[:,torch.cat([torch.where(best==p)[0] for p in best.unique()]).argsort()]
     return F.T @ (u @ (uy/(e[:,None]+best))), loo, best
 
-# %% ../nbs/11_amdf.ipynb #cbf15735
+# %% ../nbs/11_amdf.ipynb #de6fb32a
 @torch.no_grad()
 def reduced_rank(F:Tensor, Y:Tensor, k:int) -> tuple: # weight `(d, k)`, leave-one-out scores `(n, k)`, components `(k, m)`
     "Ridge from F `(n, d)` to the `k` directions of Y `(n, m)` that can be predicted best."
@@ -137,29 +138,28 @@ def reduced_rank(F:Tensor, Y:Tensor, k:int) -> tuple: # weight `(d, k)`, leave-o
 @torch.no_grad()
 def fit_guess(guess:Guess, f:Tensor, rr:Tensor, x1:Tensor, # features, beat lengths, standardised coefficients of the training split
               weight:Tensor,                               # of a coefficient in the loss `(channels,)`
-              still:int=4,                                 # leading channels that are anatomy; the others are motion
               most:int=4000) -> Tensor:                    # guesses for training `(n, k)`: of subjects that did not take part
-    "Anatomy and motion, each with half of the components, on at most `most` subjects; the others are predicted as they are."
+    "Anatomy (the constant term) and motion (the harmonics), each with half of the components, on at most `most` subjects; the others are predicted as they are."
     raw = guess.raw(f, rr)
     guess.mean.copy_(raw.mean(0)); guess.std.copy_(raw.std(0).clamp(min=1e-3))
-    scale, some, half = weight.sqrt()[:,None,None], torch.arange(len(f))[:most], len(guess.components)//2
+    scale, some, half, still = weight.sqrt()[:,None,None], torch.arange(len(f))[:most], *guess.anatomy.shape[:2]
     F, left_out = guess.standard(f, rr), torch.zeros(min(most, len(f)), 2*half)
-    for at,group in ((0, slice(0, still)), (half, slice(still, None))):
+    for at,group,part in ((0, slice(0, still), guess.anatomy), (half, slice(still, None), guess.motion)):
         Y = (x1[some]*scale)[:,group].flatten(1)
         W, loo, parts = reduced_rank(F[some], Y-Y.mean(0), half)
         k = len(parts)
         guess.weight[:,at:at+k].copy_(W); left_out[:,at:at+k] = loo
-        guess.components[at:at+k, group] = parts.view(k, -1, *x1.shape[2:])/scale[group]
+        part[:k] = parts.view(k, -1, *x1.shape[2:])/scale[group]
     y = F @ guess.weight
     y[some] = left_out
     return y
 
-# %% ../nbs/11_amdf.ipynb #cebeae25
+# %% ../nbs/11_amdf.ipynb #da81537c
 class ECGCondition(nn.Module):
     "Context tokens `(b, 50, width)`, condition vector `(b, width)` and first guess `(b, channels, h, w)` from the features of a beat."
-    def __init__(self, features:int, width:int, channels:int, size:int=12, heads:int=4, depth:int=2, measures:int=0, components:int=64):
+    def __init__(self, features:int, width:int, channels:int, size:int=12, heads:int=4, depth:int=2, measures:int=0, components:int=64, still:int=4):
         super().__init__()
-        self.guess = Guess(features, channels, size, components, measures)
+        self.guess = Guess(features, channels, size, components, measures, still)
         self.register_buffer('mean', torch.zeros(50, features)); self.register_buffer('std', torch.ones(50, features))
         self.register_buffer('place', periodic(50, 32))
         self.enter, self.blocks = nn.Linear(features+32, width), nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -185,7 +185,7 @@ class ECGCondition(nn.Module):
         gone = lambda y, none: torch.where(drop.view(-1, *[1]*(y.ndim-1)), none.to(y.dtype), y)
         return gone(x, self.none), gone(pooled, self.none_pool), gone(first, torch.zeros_like(first))
 
-# %% ../nbs/11_amdf.ipynb #46efc770
+# %% ../nbs/11_amdf.ipynb #edb3e57c
 class DiT(nn.Module):
     "v(z_t, t, c): the velocity of the standardised coefficients."
     def __init__(self, channels:int=68, width:int=256, depth:int=6, heads:int=4, features:int=128, measures:int=0, template:int=4, components:int=64, size:int=12, patch:int=1):
@@ -193,7 +193,7 @@ class DiT(nn.Module):
         n, self.patch = size//patch, patch
         self.enter, self.anchor = nn.Linear(channels*patch**2, width), nn.Linear(template*patch**2, width)
         self.place = nn.Parameter(torch.randn(n*n, width)*.02)
-        self.squeeze, self.time, self.ecg, self.first = nn.Linear(width, 64), mlp(128, width, width), ECGCondition(features, width, channels, size, measures=measures, components=components), nn.Linear(channels*patch**2, width)
+        self.squeeze, self.time, self.ecg, self.first = nn.Linear(width, 64), mlp(128, width, width), ECGCondition(features, width, channels, size, measures=measures, components=components, still=template), nn.Linear(channels*patch**2, width)
         self.blocks = nn.ModuleList(AdaBlock(width, heads, width, 64, local=True) for _ in range(depth))
         self.norm, self.final, self.leave = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2*width), nn.Linear(width, channels*patch**2)
         for m in (self.final, self.leave): nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'PARTS', 'OURS', 'RECIPES', 'REMEDY', 'part', 'ECGFlowCMR', 'light', 'own', 'check_bundle', 'as_strip']
 
-# %% ../nbs/11a_bundle.ipynb #a3d24759
+# %% ../nbs/11a_bundle.ipynb #78916990
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from . import __version__
 from .files import read_json, sha256_file, write_json
@@ -25,8 +26,8 @@ from .train import bf16_is_fast, load_model, pick_device, write_tensors
 from .pamae import cycle_features
 from .amdf import Measures, check_range, euler, guided, source
 
-# %% ../nbs/11a_bundle.ipynb #9875a498
-FORMAT = 2                                                      # of the bundle folder
+# %% ../nbs/11a_bundle.ipynb #271555c8
+FORMAT = 3                                                      # of the bundle folder
 PARTS = ('pamae', 'vae', 'dit', 'harmonics')
 OURS = dict(pamae='pamae:PAMAE', vae='vae:VAE', dit='amdf:DiT', harmonics='amdf:Harmonics')
 RECIPES = dict(harmonic=OURS, paper=OURS | dict(dit='frames:PaperDiT', harmonics='frames:Frames'),
@@ -38,12 +39,12 @@ def part(recipe:str, name:str): # a class, or a function of chapter 09a or 11b
     module, item = RECIPES[recipe].get(name, name).split(':')
     return getattr(import_module(f'ecgflowcmr.{module}'), item)
 
-# %% ../nbs/11a_bundle.ipynb #ddddebec
+# %% ../nbs/11a_bundle.ipynb #789bac8c
 class ECGFlowCMR(nn.Module):
     "The whole generator: `from_pretrained(folder).generate(ecg)` makes a cine from an ECG alone."
-    def __init__(self, config:dict): # settings of the parts by name; 'recipe', 'alpha', 'pixel_mm', 'steps', 'guidance'; 'measures': names; 'student': steps it makes, or 0
+    def __init__(self, config:dict): # settings of the parts by name; 'recipe', 'alpha', 'level', 'pixel_mm', 'steps', 'guidance'; 'measures': names; 'student': steps it makes, or 0
         super().__init__()
-        self.config = dict(recipe='harmonic', alpha=1., steps=10, guidance=1., measures=[], student=0) | config
+        self.config = dict(recipe='harmonic', alpha=1., level=0., steps=10, guidance=1., measures=[], student=0) | config
         recipe = self.config['recipe']
         self.pamae, self.vae, self.dit, self.harmonics = (part(recipe, k)(**config[k]) for k in PARTS)
         self.measures = Measures(len(self.config['measures']))
@@ -127,7 +128,7 @@ def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
     if why := quality(mv[:,:5000]): raise DataError('is not good enough: ' + '; '.join(why), file='array', field='ECG quality', remedy='Look at the strip; record or export it again')
     return mv[:,:5000]
 
-# %% ../nbs/11a_bundle.ipynb #105da05c
+# %% ../nbs/11a_bundle.ipynb #9f2342f5
 @patch
 def precision(self:ECGFlowCMR):
     "bfloat16 where it pays."
@@ -150,10 +151,16 @@ def read_beat(self:ECGFlowCMR, mv:Tensor) -> tuple: # features `(b, 50, width + 
     return torch.cat([f.float(), self.numbers(mv.cpu().numpy())[:,None].expand(-1, 50, -1)], 2), rr, count
 
 @patch
-def beats_of(self:ECGFlowCMR, cohort, rows, batch:int=32) -> tuple: # as `read_beat`, on the CPU
-    "What the generator knows of many strips of a cohort."
-    parts = [self.read_beat(torch.from_numpy(cohort.batch(p, ('ecg',))['ecg'])) for p in np.array_split(rows, -(-len(rows)//batch))]
-    return tuple(torch.cat([t.cpu() for t in p]) for p in zip(*parts))
+def beats_of(self:ECGFlowCMR, strips, batch:int=32, total:int=None) -> tuple: # strips `(12, 5000)` mV, one by one -> as `read_beat`, on the CPU
+    "What the generator knows of many strips, read a batch at a time; `total` is their number, for the bar."
+    out, part = [], []
+    def flush():
+        if part: out.append([t.cpu() for t in self.read_beat(torch.from_numpy(np.stack(part)))]); part.clear()
+    for mv in tqdm(strips, desc='beats', total=total, mininterval=2):
+        part.append(np.asarray(mv, 'f4'))
+        if len(part)==batch: flush()
+    flush()
+    return tuple(torch.cat(t) for t in zip(*out))
 
 # %% ../nbs/11a_bundle.ipynb #cca7b21a
 @patch
@@ -170,7 +177,7 @@ def field_of(self:ECGFlowCMR, f:Tensor, rr:Tensor, steps:int, guidance:float) ->
     released = self.config.get('sampler') == 'released_euler'
     return field, part('released', 'frames:released_euler') if released else euler, ecg[2] if self.config['recipe'] == 'harmonic' else 0.
 
-# %% ../nbs/11a_bundle.ipynb #e187c331
+# %% ../nbs/11a_bundle.ipynb #65bca558
 @patch
 @torch.no_grad()
 def sample_state(self:ECGFlowCMR, f:Tensor, rr:Tensor, steps:int=None, guidance:float=None, seeds=None) -> Tensor: # standardised state `(b, ...)`
@@ -185,11 +192,17 @@ def sample_state(self:ECGFlowCMR, f:Tensor, rr:Tensor, steps:int=None, guidance:
 
 @patch
 @torch.no_grad()
+def picture(self:ECGFlowCMR, z:Tensor) -> Tensor: # `(b, 50, 96, 96)` in [-1, 1]
+    "Cines of latents `(b, c, 50, 12, 12)` that were drawn; the decoder is told how far they may be off (chapter 10)."
+    told = dict(level=self.config['level']) if self.config['level'] else {}         # the released VAE cannot be told
+    with self.precision(): return self.vae.decode(z, **told).clamp(-1, 1)
+
+@patch
+@torch.no_grad()
 def sample(self:ECGFlowCMR, f:Tensor, rr:Tensor, # what `read_beat` gives of `b` ECGs
            steps:int=None, guidance:float=None, seeds=None) -> Tensor: # cines `(b, 50, 96, 96)` in [-1, 1]
     "Cines of a batch of heart beats."
-    x = self.sample_state(f, rr, steps, guidance, seeds)
-    with self.precision(): return self.vae.decode(self.harmonics.back(x.float())).clamp(-1, 1)
+    return self.picture(self.harmonics.back(self.sample_state(f, rr, steps, guidance, seeds).float()))
 
 @patch
 def sample_many(self:ECGFlowCMR, f:Tensor, rr:Tensor, batch:int=8, seed:int=0, **options): # batches of cines

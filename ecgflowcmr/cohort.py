@@ -102,7 +102,7 @@ def read_rows(self,           # a Cohort
     if transform is not None and 'ecg' in arrays: arrays['ecg'] = transform(arrays['ecg'])
     return arrays | {k: self.table[k].to_numpy()[rows] for k in ('rr_s','pixel_mm')}
 
-# %% ../nbs/06_cohort.ipynb #b0b4f2f6
+# %% ../nbs/06_cohort.ipynb #bdddbe79
 @dataclass(repr=False)
 class Cohort:
     "ECGs and cines of one cohort, row by row."
@@ -128,6 +128,10 @@ class Cohort:
         "Row numbers of a split."
         if split not in SPLITS: raise DataError(f"unknown split '{split}'", remedy=f'Valid: {", ".join(SPLITS)}')
         return np.flatnonzero(self.table['split'] == split)
+
+    def seen(self, kind) -> str: # 'la'
+        "A fingerprint of what a stage knows that looks at one array alone: cohorts with the same cines and splits share it."
+        return digest([read_table(self.folder/'hashes.csv')[kind].tolist(), self.table['split'].tolist()], length=16)
 
     batch,need = read_rows,check_need
 

@@ -184,7 +184,7 @@ def released_euler(field,    # velocity of a state and a time, `field(x, t)`
     for i in range(steps): x = x + field(x, torch.full((len(x),), (i+.5)/steps, device=x.device)).float()/steps
     return x
 
-# %% ../nbs/11b_frames.ipynb #05d48ef5
+# %% ../nbs/11b_frames.ipynb #3d6856e1
 def field_config(recipe:str, preset:str, seed:int) -> dict:
     "The flow of recipe `paper` or `released`."
     big = dict(paper=dict(width=384, depth=8, heads=6, patch=2), released=dict(width=512, depth=8, heads=8, patch=1))[recipe]
@@ -192,7 +192,7 @@ def field_config(recipe:str, preset:str, seed:int) -> dict:
     train = dict(smoke=dict(steps=40, batch=4, lr=2e-3, warmup=5, ema=.9), demo=dict(steps=1500, batch=4, lr=1e-3, warmup=50, ema=.99),
                  paper=dict(epochs=10, batch=4 if recipe=='paper' else 2, lr=1e-4, warmup=0, ema=0.))[preset]
     if recipe == 'released': train |= dict(ema=0., floor=.01)
-    own = dict(paper=dict(alpha=1., alpha_sampling=1., drop=0., one_time=False, steps=10, guidance=1., sampler='euler'),
+    own = dict(paper=dict(alpha=1., alpha_sampling=1., level=.1, drop=0., one_time=False, steps=10, guidance=1., sampler='euler'),
                released=dict(alpha=.8, alpha_sampling=.6, drop=.1, one_time=True, steps=10, guidance=2., sampler='released_euler'))[recipe]
     return dict(recipe=recipe, space='frames', model=model, **own, train=dict(weight_decay=1e-4, betas=(.9,.999), clip=1., seed=seed, log_every=20) | train)
 

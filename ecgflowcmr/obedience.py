@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['JUDGED', 'NAMES', 'KNOWS', 'SIGNS', 'ideal_r', 'strict_r', 'resamples', 'weighted_r', 'between', 'obedience_draws',
            'obedience', 'table_row', 'mean_row', 'standardised', 'gram', 'kernel_ridge', 'machine_numbers',
-           'average_beats', 'beats_of', 'boosted', 'fit_regressor', 'look', 'split_look', 'look_at_stored',
-           'samples_of', 'kept_name', 'ranks', 'calibration', 'curve_error', 'curve_table', 'patients', 'with_ratio',
-           'shift', 'disease_table', 'Moments', 'frechet', 'leading', 'feature_distance']
+           'average_beats', 'boosted', 'fit_regressor', 'look', 'split_look', 'look_at_stored', 'samples_of',
+           'kept_name', 'ranks', 'calibration', 'curve_error', 'curve_table', 'patients', 'with_ratio', 'shift',
+           'disease_table', 'Moments', 'frechet', 'leading', 'feature_distance']
 
 # %% ../nbs/15a_obedience.ipynb #d862c9c0
 import time
@@ -164,18 +164,6 @@ def average_beats(cohort, rows) -> np.ndarray: # `(n, 12*150 + 1)`
     for i in tqdm(rows, desc='average beats', mininterval=2):
         b = np.nan_to_num(median_beat(np.array(cohort.ecg[i]))); out.append(np.r_[b[:,::3].ravel(), 20*np.log(np.sqrt((b**2).mean()) + 1e-3)])
     return np.stack(out).astype('f4')
-
-# %% ../nbs/15a_obedience.ipynb #b16fdddf
-def beats_of(generator, strips, batch:int=32, total:int=None) -> tuple: # arrays `(12, 5000)` mV, one by one -> features `(n, 50, d)`, lengths `(n,)` s, cycles found `(n,)`
-    "What the generator reads from many ECGs, a batch at a time."
-    out, part = [], []
-    def flush():
-        if part: out.append([t.cpu() for t in generator.read_beat(torch.from_numpy(np.stack(part)))]); part.clear()
-    for mv in tqdm(strips, desc='beats', total=total, mininterval=2):
-        part.append(np.asarray(mv, 'f4'))
-        if len(part)==batch: flush()
-    flush()
-    return tuple(torch.cat(t) for t in zip(*out))
 
 # %% ../nbs/15a_obedience.ipynb #1eba5b07
 def boosted(x:np.ndarray, train, y:np.ndarray, seed:int=0, progress:bool=True) -> tuple: # as `kernel_ridge`

@@ -32,25 +32,29 @@ class TimeConv(nn.Module):
         w = self.weight.to(x.dtype)[:,:,None,None]
         return rearrange(before*w[0] + x*w[1] + after*w[2], 'b t c h w -> (b t) c h w')
 
-# %% ../nbs/10_vae.ipynb #bbae5498
+# %% ../nbs/10_vae.ipynb #77d0d7da
 class ResBlock(nn.Module):
-    "Two 3 x 3 convolutions in space, three frames in time, and a shortcut."
-    def __init__(self, dim:int):
+    "Two 3 x 3 convolutions in space, three frames in time, and a shortcut; one number a frame may scale and shift what was normalised."
+    def __init__(self, dim:int, told:bool=False):
         super().__init__()
         self.norm, self.time = nn.GroupNorm(8, dim), TimeConv(dim)
         self.first, self.second = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
+        self.told = nn.Linear(1, 2*dim, bias=False) if told else None
+        if told: nn.init.zeros_(self.told.weight)
 
-    def forward(self, x:Tensor, t:int, whole:bool) -> Tensor:
-        return x + self.second(F.silu(self.time(self.first(F.silu(self.norm(x))), t, whole)))
+    def forward(self, x:Tensor, t:int, whole:bool, level:Tensor=None) -> Tensor: # x `(b t) c h w`, level `(b t, 1)`
+        h = self.norm(x)
+        if self.told is not None: scale, shift = self.told(level)[...,None,None].to(h.dtype).chunk(2, 1); h = h*(1+scale) + shift
+        return x + self.second(F.silu(self.time(self.first(F.silu(h)), t, whole)))
 
 class Stack(nn.Module):
     "Residual blocks one after another."
-    def __init__(self, dim:int, n:int):
+    def __init__(self, dim:int, n:int, told:bool=False):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(dim) for _ in range(n))
+        self.blocks = nn.ModuleList(ResBlock(dim, told) for _ in range(n))
 
-    def forward(self, x:Tensor, t:int, whole:bool) -> Tensor:
-        for b in self.blocks: x = b(x, t, whole)
+    def forward(self, x:Tensor, t:int, whole:bool, level:Tensor=None) -> Tensor:
+        for b in self.blocks: x = b(x, t, whole, level)
         return x
 
 # %% ../nbs/10_vae.ipynb #4cb77aa2
@@ -76,15 +80,15 @@ def fit_patches(patches:Patches, frames:Tensor): # frames `(n, 96, 96)` in [-1, 
     g = (s*s[0]).sqrt()
     patches.mean.copy_(mean); patches.enter.copy_((u/g).T); patches.leave.copy_(u*g)
 
-# %% ../nbs/10_vae.ipynb #e7fad6dd
+# %% ../nbs/10_vae.ipynb #2cbb33f3
 class VAE(nn.Module):
     "Encoder and decoder of cines `(b, t, 96, 96)` in [-1, 1]; latents `(b, channels, t, 12, 12)`."
     def __init__(self, width:int=48, deep:int=128, channels:int=4, blocks:int=2):
         super().__init__()
         conv, self.channels, self.patches = (lambda a, b: nn.Conv2d(a, b, 3, padding=1)), channels, Patches(channels)
         self.down, self.deep_in, self.moments = conv(64, deep), Stack(deep, max(1, blocks-1)), nn.Conv2d(deep, 2*channels, 1)
-        self.start, self.deep_out = conv(channels, deep), Stack(deep, blocks)
-        self.up, self.fine_out, self.leave = nn.Conv2d(deep, 4*width, 1), Stack(width, max(1, blocks-1)), conv(width, 16)
+        self.start, self.deep_out = conv(channels, deep), Stack(deep, blocks, told=True)
+        self.up, self.fine_out, self.leave = nn.Conv2d(deep, 4*width, 1), Stack(width, max(1, blocks-1), told=True), conv(width, 16)
         for m in (self.moments, self.leave): nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
         nn.init.constant_(self.moments.bias[channels:], -6.)
 
@@ -96,24 +100,31 @@ class VAE(nn.Module):
         mean, logvar = rearrange(h, '(b t) (two c) h w -> two b c t h w', t=t, two=2)
         return mean + rearrange(self.patches.encode(p), '(b t) c h w -> b c t h w', t=t), logvar.clamp(-20, 5)
 
-    def decode(self, z:Tensor, whole:bool=True) -> Tensor: # `(b, t, 96, 96)`, not clamped
+    def decode(self, z:Tensor,      # `(b, channels, t, 12, 12)`
+               whole:bool=True,
+               level=0.,            # how far the latent may be off, in its spreads: a number or `(b,)`; 0: an encoder made it
+              ) -> Tensor:          # `(b, t, 96, 96)`, not clamped
         "The cine of a latent."
-        t, z = z.shape[2], rearrange(z, 'b c t h w -> (b t) c h w').contiguous(memory_format=torch.channels_last)
-        h = F.pixel_shuffle(self.up(self.deep_out(self.start(z), t, whole)), 2)
-        h = self.leave(F.silu(self.fine_out(h, t, whole)))
+        b, _, t = z.shape[:3]
+        level = level if torch.is_tensor(level) else torch.full((b,), float(level), device=z.device)
+        told = 5*level.repeat_interleave(t)[:,None]
+        z = rearrange(z, 'b c t h w -> (b t) c h w').contiguous(memory_format=torch.channels_last)
+        h = F.pixel_shuffle(self.up(self.deep_out(self.start(z), t, whole, told)), 2)
+        h = self.leave(F.silu(self.fine_out(h, t, whole, told)))
         y = F.pixel_shuffle(self.patches.decode(z), 8) + F.pixel_shuffle(h, 4).float()
         return rearrange(y, '(b t) 1 h w -> b t h w', t=t)
 
-# %% ../nbs/10_vae.ipynb #f4da577d
+# %% ../nbs/10_vae.ipynb #ed8ab598
 def vae_loss(vae:VAE, x:Tensor, rng:torch.Generator, whole:bool=False, beta:float=1e-4, shake:float=0.) -> dict:
     "Reconstruction and KL of cines or clips `(b, t, 96, 96)` in [-1, 1]."
     mean, logvar = vae.encode(x, whole)
-    noise, level = (draw.to(mean.device) for draw in (torch.randn(mean.shape, generator=rng), shake*torch.rand(len(x),1,1,1,1, generator=rng)))
-    spread = mean.detach().std((0,2,3,4), keepdim=True)
-    d = vae.decode(mean + noise*((logvar/2).exp() + level*spread), whole) - x
+    noise, level = (draw.to(mean.device) for draw in (torch.randn(mean.shape, generator=rng), shake*F.relu(2*torch.rand(len(x), generator=rng) - 1)))
+    l = level.view(-1,1,1,1,1)
+    z = torch.where(l > 0, mean.detach(), mean) + noise*((logvar/2).exp() + l*mean.detach().std((0,2,3,4), keepdim=True))
+    d = vae.decode(z, whole, level) - x
     kl = (mean.square() + logvar.exp() - 1 - logvar).mean()/2
-    mse = d.square().mean()
-    return dict(loss=mse + .1*d.abs().mean() + beta*kl, mse=mse.detach(), kl=kl.detach())
+    each = (d.square() + .1*d.abs()).mean((1,2,3))/(1 + (level/.15).square())
+    return dict(loss=each.mean() + beta*kl, mse=d.detach().square().mean(), kl=kl.detach())
 
 def clips(cines,                # `(n, 50, 96, 96)` uint8, array or memmap
           index:Tensor,         # `(b,)`
@@ -129,14 +140,14 @@ def psnr(a:Tensor, b:Tensor) -> Tensor: # dB, one a cine
     "Peak signal-to-noise ratio of cines in [-1, 1] (peak-to-peak 2)."
     return 10*torch.log10(4/(a-b).square().flatten(1).mean(1))
 
-# %% ../nbs/10_vae.ipynb #7fe741a6
+# %% ../nbs/10_vae.ipynb #0910744d
 def vae_config(preset:str='demo', seed:int=0) -> dict: # settings of the stage
     "Sizes of the VAE and of its training."
     model = dict(smoke=dict(width=32, deep=48, blocks=1), demo=dict(width=48, deep=128, blocks=2), paper=dict(width=96, deep=256, blocks=3))[preset]
-    train = dict(smoke=dict(steps=40, batch=4, lr=.01, lr_adamw=2e-3, warmup=5, ema=.9), demo=dict(steps=1000, batch=8, lr=.02, lr_adamw=2e-3, warmup=20, ema=.98),
+    train = dict(smoke=dict(steps=40, batch=4, lr=.01, lr_adamw=2e-3, warmup=5, ema=.9), demo=dict(steps=1600, batch=8, lr=.02, lr_adamw=2e-3, warmup=20, ema=.98),
                  paper=dict(epochs=10, batch=16, lr=.01, lr_adamw=4e-4, warmup=1000, ema=.999))[preset]
-    return dict(model=dict(model, channels=12), clip=4 if preset=='smoke' else 8, beta=1e-4, shake=.4,
-                train=dict(optimizer='muon', by_adamw=('start', 'moments', 'leave', 'patches', 'time'), weight_decay=.01, betas=(.9,.95), clip=1., seed=seed, log_every=10) | train)
+    return dict(model=dict(model, channels=16), clip=4 if preset=='smoke' else 8, beta=1e-4, shake=.3,
+                train=dict(optimizer='muon', by_adamw=('start', 'moments', 'leave', 'patches', 'time', 'told'), weight_decay=.01, betas=(.9,.95), clip=1., seed=seed, log_every=10) | train)
 
 def ssim(a:Tensor, b:Tensor) -> Tensor: # one a cine
     "Structural similarity of the frames of cines `(b, t, h, w)` in [-1, 1], Gaussian window of 11 (Wang et al., 2004)."
@@ -160,10 +171,10 @@ def vae_figures(vae, cohort, rows:np.ndarray) -> dict: # figures of merit
         db.append(psnr(y, x).item()); like.append(ssim(y, x).item()); spread.append(z.std().item())
     return dict(psnr_db=float(np.mean(db)), psnr_db_worst=float(np.min(db)), ssim=float(np.mean(like)), latent_spread=float(np.mean(spread)), cines=len(rows))
 
-# %% ../nbs/10_vae.ipynb #48fc6c2d
+# %% ../nbs/10_vae.ipynb #88b7af94
 def fit_vae(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the VAE of a run."
-    folder = stage_folder(run, 'vae', dict(cohort=cohort.fingerprint, **config))
+    folder = stage_folder(run, 'vae', dict(cines=cohort.seen('la'), **config))
     torch.manual_seed(config['train']['seed'])
     vae = VAE(**config['model']).to(memory_format=torch.channels_last)
     if finished(folder): return load_stage(folder, vae), folder

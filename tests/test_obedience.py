@@ -2,10 +2,11 @@
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 import ecgflowcmr.fidelity as fidelity
+from ecgflowcmr.bundle import ECGFlowCMR
 from ecgflowcmr.cohort import build_virtual_cohort
 from ecgflowcmr.ecg import DataError
 from ecgflowcmr.fidelity import READ, Reader, others, truth, volume_curves
-from ecgflowcmr.obedience import NAMES, beats_of, calibration, fit_regressor, kept_name, look, obedience, samples_of, split_look
+from ecgflowcmr.obedience import NAMES, calibration, fit_regressor, kept_name, look, obedience, samples_of, split_look
 
 P = 4  # quantities of a toy heart, each the brightness of a quadrant
 
@@ -129,7 +130,7 @@ def test_looking_and_reading_are_one(cohort):
 def test_beats_come_in_batches(cohort):
     class G:
         def read_beat(self, mv): return mv[:,:1,:50].transpose(1,2), torch.ones(len(mv)), torch.full((len(mv),), 3)
-    f, rr, count = beats_of(G(), (cohort.ecg[i] for i in range(7)), batch=3)
+    f, rr, count = ECGFlowCMR.beats_of(G(), (cohort.ecg[i] for i in range(7)), batch=3)
     assert f.shape == (7,50,1) and np.allclose(f[:,:,0], cohort.ecg[:7,0,:50]) and (count == 3).all()
 
 

@@ -1,10 +1,11 @@
 "The papermill route: the one-argument command in every form, parameters that are wrong, and the real chain at the smoke preset."
 import fcntl, os, pty, re, shutil, struct, subprocess, sys, termios
 from pathlib import Path
-import nbformat, papermill
+import nbformat, pandas as pd, papermill
 import papermill.cli
 import pytest
 from papermill.exceptions import PapermillExecutionError
+from ecgflowcmr.bundle import ECGFlowCMR
 from ecgflowcmr.cli import VALUES
 from ecgflowcmr.experiment import new_experiment
 
@@ -182,6 +183,18 @@ def test_generate_from_a_real_ecg(smoke, generated):
     assert kinds >= {'.mp4', '.png', '.json'} and kinds & {'.gz', '.nii'}, kinds
 
 
+@pytest.mark.slow
+def test_steps_are_judged_and_the_bundle_is_packed(smoke, papermill_run):
+    "33 and 37 on the same run: the card holds what 33 measured of this very bundle, and nothing of 32 and 36, which did not look at it."
+    run = ROOT/'runs'/smoke[0]
+    papermill_run('33_few_steps.ipynb', preset='smoke', run=run.name, subjects=6, k=2)
+    table = pd.read_csv(run/'figures'/'few_steps.csv')
+    assert table[['sampler', 'steps']].values.tolist() == [['field', 1], ['field', 2], ['field', 10], ['student', 2]] and table.ratio[2] == 1 and table.ratio.notna().all()
+    papermill_run('37_ship.ipynb', preset='smoke', run=run.name)
+    card, packed = (run/'ship'/'MODEL_CARD.md').read_text(), ECGFlowCMR.from_pretrained(run/'ship')
+    assert packed.student is None and 'PSNR, dB' in card and 'field, 1 steps' in card and 'obedience' not in card.lower() and 'Virtual hearts only' in card
+
+
 def snakemake(*config):
     return call('-n', '-p', '--cores', '2', '--config', *config, cwd=ROOT, cmd=(BIN/'snakemake',))
 
@@ -201,15 +214,17 @@ def test_snakemake_types_the_papermill_lines():
     many = 'torchrun --standalone --nproc-per-node 2 --no-python '
     assert sorted(shown) == [f'{many if o[0] != "35" else ""}papermill nbs/{"_".join(o)}.ipynb -p preset smoke -p run test-nothing'
                              for o in (('35', 'generate'), ('20', 'pamae_train'), ('25', 'vae_train'), ('30', 'amdf_train'))], res.stderr
+    res = snakemake('preset=smoke', 'run=test-nothing', 'settings=vae.train.steps=3 amdf.student=null')
+    assert res.stdout.count("-p settings 'vae.train.steps=3 amdf.student=null'") + res.stderr.count("-p settings 'vae.train.steps=3 amdf.student=null'") >= 4, res.stderr
     res = snakemake('presett=smoke')
     assert res.returncode != 0 and 'valid are preset, recipe, cohort, run, seed' in res.stdout + res.stderr
 
 
 def test_slurm_profile_asks_for_gpus():
-    res = call('-n', '-p', '--profile', 'profiles/slurm', '--config', 'preset=paper', 'run=test-nothing', 'processes=8', '--', 'obedience', 'real_ecgs', 'cost', 'generate', cwd=ROOT, cmd=(BIN/'snakemake',))
+    res = call('-n', '-p', '--profile', 'profiles/slurm', '--config', 'preset=paper', 'run=test-nothing', 'processes=8', '--', 'obedience', 'few_steps', 'real_ecgs', 'cost', 'generate', cwd=ROOT, cmd=(BIN/'snakemake',))
     shown = dict(re.findall(r'^rule (\w+):\n(?:    .*\n)*?    resources: (.*)', res.stdout + res.stderr, re.M))
     gpus = {k: (re.findall(r'gpu=(\d+)', v) or ['0'])[0] for k, v in shown.items()}
-    assert gpus == dict(pamae='8', vae='8', amdf='8', obedience='1', real_ecgs='1', generate='1', cost='0'), res.stdout + res.stderr
+    assert gpus == dict(pamae='8', vae='8', amdf='8', obedience='1', few_steps='1', real_ecgs='1', generate='1', cost='0'), res.stdout + res.stderr
     assert all('nodes=1' in v and 'runtime=' in v and 'mem_mb=' in v for v in shown.values())
 
 
