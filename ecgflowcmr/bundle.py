@@ -128,7 +128,7 @@ def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
     if why := quality(mv[:,:5000]): raise DataError('is not good enough: ' + '; '.join(why), file='array', field='ECG quality', remedy='Look at the strip; record or export it again')
     return mv[:,:5000]
 
-# %% ../nbs/11a_bundle.ipynb #9f2342f5
+# %% ../nbs/11a_bundle.ipynb #74615472
 @patch
 def precision(self:ECGFlowCMR):
     "bfloat16 where it pays."
@@ -152,11 +152,11 @@ def read_beat(self:ECGFlowCMR, mv:Tensor) -> tuple: # features `(b, 50, width + 
 
 @patch
 def beats_of(self:ECGFlowCMR, strips, batch:int=32, total:int=None) -> tuple: # strips `(12, 5000)` mV, one by one -> as `read_beat`, on the CPU
-    "What the generator knows of many strips, read a batch at a time; `total` is their number, for the bar."
+    "What the generator knows of many strips, read a batch at a time; `total` is their number, for a bar."
     out, part = [], []
     def flush():
         if part: out.append([t.cpu() for t in self.read_beat(torch.from_numpy(np.stack(part)))]); part.clear()
-    for mv in tqdm(strips, desc='beats', total=total, mininterval=2):
+    for mv in tqdm(strips, desc='beats', total=total, mininterval=2, disable=total is None):
         part.append(np.asarray(mv, 'f4'))
         if len(part)==batch: flush()
     flush()
