@@ -128,7 +128,7 @@ def as_strip(ecg, # path, `ECG`, or array `(12, n)` mV at 500 Hz
     if why := quality(mv[:,:5000]): raise DataError('is not good enough: ' + '; '.join(why), file='array', field='ECG quality', remedy='Look at the strip; record or export it again')
     return mv[:,:5000]
 
-# %% ../nbs/11a_bundle.ipynb #74615472
+# %% ../nbs/11a_bundle.ipynb #2f087f55
 @patch
 def precision(self:ECGFlowCMR):
     "bfloat16 where it pays."
@@ -150,6 +150,7 @@ def read_beat(self:ECGFlowCMR, mv:Tensor) -> tuple: # features `(b, 50, width + 
     with self.precision(): f, rr, count = read(self.pamae, mv.to(self.device))
     return torch.cat([f.float(), self.numbers(mv.cpu().numpy())[:,None].expand(-1, 50, -1)], 2), rr, count
 
+# %% ../nbs/11a_bundle.ipynb #deb28cb9
 @patch
 def beats_of(self:ECGFlowCMR, strips, batch:int=32, total:int=None) -> tuple: # strips `(12, 5000)` mV, one by one -> as `read_beat`, on the CPU
     "What the generator knows of many strips, read a batch at a time; `total` is their number, for a bar."
@@ -177,7 +178,7 @@ def field_of(self:ECGFlowCMR, f:Tensor, rr:Tensor, steps:int, guidance:float) ->
     released = self.config.get('sampler') == 'released_euler'
     return field, part('released', 'frames:released_euler') if released else euler, ecg[2] if self.config['recipe'] == 'harmonic' else 0.
 
-# %% ../nbs/11a_bundle.ipynb #65bca558
+# %% ../nbs/11a_bundle.ipynb #3c60e77b
 @patch
 @torch.no_grad()
 def sample_state(self:ECGFlowCMR, f:Tensor, rr:Tensor, steps:int=None, guidance:float=None, seeds=None) -> Tensor: # standardised state `(b, ...)`
@@ -190,6 +191,7 @@ def sample_state(self:ECGFlowCMR, f:Tensor, rr:Tensor, steps:int=None, guidance:
         noise = self.noise(range(len(f)) if seeds is None else seeds)
         return sampler(field, source(noise, first if torch.is_tensor(first) else torch.zeros_like(noise), c.get('alpha_sampling', c['alpha'])), steps)
 
+# %% ../nbs/11a_bundle.ipynb #a0932e4f
 @patch
 @torch.no_grad()
 def picture(self:ECGFlowCMR, z:Tensor) -> Tensor: # `(b, 50, 96, 96)` in [-1, 1]

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'ARRAYS', 'LABELS', 'SPLITS', 'VIEWS', 'ABOUT', 'FRESH', 'AUDIT', 'COHORT_SIZE', 'hash_numbers',
-           'split_subjects', 'split_virtual', 'people', 'check_splits', 'check_need', 'read_rows', 'Cohort',
-           'read_manifest', 'fingerprint_of', 'check_file', 'read_table', 'audit_left', 'check_audit', 'open_cohort',
-           'end_with_parent', 'each_done', 'array_hash', 'each_row', 'row_of', 'look_at', 'looked_at', 'bare',
-           'as_number', 'same_values', 'labels_among', 'audit', 'audit_together', 'twins_among', 'Scaler', 'train_rows',
-           'fit_scaler', 'check_fitted', 'subject_record', 'new_array', 'write_block', 'check_columns', 'make_chunk',
-           'whole_population', 'witnesses', 'same', 'check_request', 'begin_store', 'fill_store', 'write_tables',
-           'write_manifest', 'finish_store', 'virtual_request', 'usual_workers', 'build_virtual_cohort', 'cohort_at']
+           'split_subjects', 'split_virtual', 'people', 'check_splits', 'check_need', 'read_rows', 'what_is_seen',
+           'Cohort', 'read_manifest', 'fingerprint_of', 'check_file', 'read_table', 'audit_left', 'check_audit',
+           'open_cohort', 'end_with_parent', 'each_done', 'array_hash', 'each_row', 'row_of', 'look_at', 'looked_at',
+           'bare', 'as_number', 'same_values', 'labels_among', 'audit', 'audit_together', 'twins_among', 'Scaler',
+           'train_rows', 'fit_scaler', 'check_fitted', 'subject_record', 'new_array', 'write_block', 'check_columns',
+           'make_chunk', 'whole_population', 'witnesses', 'same', 'check_request', 'begin_store', 'fill_store',
+           'write_tables', 'write_manifest', 'finish_store', 'virtual_request', 'usual_workers', 'build_virtual_cohort',
+           'cohort_at']
 
 # %% ../nbs/06_cohort.ipynb #09c7166b
 import csv, hashlib, inspect, os, re, shutil, sys, threading
@@ -80,7 +81,7 @@ def check_splits(table,        # DataFrame with the columns `subject` and `split
     empty = [s for s in need if s not in set(table['split'])]
     if empty: raise DataError(f'nobody is in {", ".join(empty)}', file=name, field='split', remedy='Take more subjects or other fractions')
 
-# %% ../nbs/06_cohort.ipynb #bc4f486e
+# %% ../nbs/06_cohort.ipynb #a36ea1ec
 def check_need(self, *names, splits=()): # of `VIEWS`; splits that must not be empty
     "Itself, or a `DataError` that says what it lacks."
     lacks = [VIEWS[k] for k in names if getattr(self, k) is None] + [f'{s} subjects' for s in splits if not len(self.index(s))]
@@ -102,7 +103,11 @@ def read_rows(self,           # a Cohort
     if transform is not None and 'ecg' in arrays: arrays['ecg'] = transform(arrays['ecg'])
     return arrays | {k: self.table[k].to_numpy()[rows] for k in ('rr_s','pixel_mm')}
 
-# %% ../nbs/06_cohort.ipynb #bdddbe79
+def what_is_seen(self, kind) -> str: # ecg, la or sa
+    "A fingerprint of what a stage knows that looks at one array alone: cohorts with the same cines and splits share it."
+    return digest([read_table(self.folder/'hashes.csv')[kind].tolist(), self.table['split'].tolist()], length=16)
+
+# %% ../nbs/06_cohort.ipynb #05ea8299
 @dataclass(repr=False)
 class Cohort:
     "ECGs and cines of one cohort, row by row."
@@ -129,11 +134,7 @@ class Cohort:
         if split not in SPLITS: raise DataError(f"unknown split '{split}'", remedy=f'Valid: {", ".join(SPLITS)}')
         return np.flatnonzero(self.table['split'] == split)
 
-    def seen(self, kind) -> str: # 'la'
-        "A fingerprint of what a stage knows that looks at one array alone: cohorts with the same cines and splits share it."
-        return digest([read_table(self.folder/'hashes.csv')[kind].tolist(), self.table['split'].tolist()], length=16)
-
-    batch,need = read_rows,check_need
+    batch,need,seen = read_rows,check_need,what_is_seen
 
 # %% ../nbs/06_cohort.ipynb #5ecd09fd
 FRESH = 'Restore the file, or remove the folder and build the cohort again'

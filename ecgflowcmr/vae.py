@@ -80,7 +80,7 @@ def fit_patches(patches:Patches, frames:Tensor): # frames `(n, 96, 96)` in [-1, 
     g = (s*s[0]).sqrt()
     patches.mean.copy_(mean); patches.enter.copy_((u/g).T); patches.leave.copy_(u*g)
 
-# %% ../nbs/10_vae.ipynb #2cbb33f3
+# %% ../nbs/10_vae.ipynb #fc4e8308
 class VAE(nn.Module):
     "Encoder and decoder of cines `(b, t, 96, 96)` in [-1, 1]; latents `(b, channels, t, 12, 12)`."
     def __init__(self, width:int=48, deep:int=128, channels:int=4, blocks:int=2):
@@ -100,11 +100,8 @@ class VAE(nn.Module):
         mean, logvar = rearrange(h, '(b t) (two c) h w -> two b c t h w', t=t, two=2)
         return mean + rearrange(self.patches.encode(p), '(b t) c h w -> b c t h w', t=t), logvar.clamp(-20, 5)
 
-    def decode(self, z:Tensor,      # `(b, channels, t, 12, 12)`
-               whole:bool=True,
-               level=0.,            # how far the latent may be off, in its spreads: a number or `(b,)`; 0: an encoder made it
-              ) -> Tensor:          # `(b, t, 96, 96)`, not clamped
-        "The cine of a latent."
+    def decode(self, z:Tensor, whole:bool=True, level=0.) -> Tensor: # `(b, t, 96, 96)`, not clamped
+        "The cine of a latent; `level`, a number or `(b,)`, says how far it may be off, in its spreads. 0: an encoder made it."
         b, _, t = z.shape[:3]
         level = level if torch.is_tensor(level) else torch.full((b,), float(level), device=z.device)
         told = 5*level.repeat_interleave(t)[:,None]
