@@ -43,17 +43,17 @@ class Harmonics(nn.Module):
     def template(self) -> Tensor: # `(c, h, w)`: the mean latent over subjects and time
         return self.mean[:self.channels]/math.sqrt(self.basis.shape[1])
 
-# %% ../nbs/11_amdf.ipynb #e344e2ce
+# %% ../nbs/11_amdf.ipynb #b91969a6
 @torch.no_grad()
-def fit_harmonics(h:Harmonics, batches) -> Harmonics: # batches of coefficients `(b, 17*c, h, w)`
+def fit_harmonics(h:Harmonics, batches, anchor:bool=True) -> Harmonics: # batches of coefficients `(b, 17*c, h, w)`; anchor: see below
     "Set template, mean motion and spreads from a stream of training coefficients."
     n, total, square = 0, 0., 0.
     for c in batches:
         c = c.double()
         n, total, square = n+len(c), total + c.sum(0), square + c.square().sum(0)
     if n < 2: raise DataError(f'{n} latents do not make a template', field='training split', remedy='Build a larger cohort')
-    mean = total/n
-    h.mean.copy_(mean); h.spread.copy_((square/n - mean.square()).clamp(min=0).mean((1,2)).sqrt().clamp(min=1e-4))
+    mean = total/n if anchor else (total/n).mean((1,2), keepdim=True).expand_as(total)
+    h.mean.copy_(mean); h.spread.copy_((square/n - mean.square()).mean((1,2)).clamp(min=0).sqrt().clamp(min=1e-4))
     return h
 
 # %% ../nbs/11_amdf.ipynb #605cdd24
@@ -213,7 +213,7 @@ class DiT(nn.Module):
         shift,scale = self.final(F.silu(c))[:,None].chunk(2, -1)
         return rearrange(self.leave(self.norm(h)*(1+scale) + shift), 'b (h w) (c p q) -> b c (h p) (w q)', h=x.shape[2]//self.patch, **p)
 
-# %% ../nbs/11_amdf.ipynb #632764d3
+# %% ../nbs/11_amdf.ipynb #f8b177a8
 def loss_weight(h:Harmonics) -> Tensor: # `(channels,)`, mean 1
     "The spread of a coefficient: between counting every coefficient alike and counting the error of the latent itself."
     return h.spread/h.spread.mean()
@@ -232,6 +232,7 @@ def flow_loss(dit:DiT, h:Harmonics,
               alpha:float=1.,       # noise scale of the source
               drop:float=.1,        # share of samples without ECG
               guess:Tensor=None,    # `(b, k)`: see `ECGCondition`
+              weighted:bool=True,   # by `loss_weight`; False for an ablation
              ) -> dict:
     "Equation 7, weighted by `loss_weight`."
     b, to = len(x1), lambda y: y.to(x1.device)
@@ -240,9 +241,9 @@ def flow_loss(dit:DiT, h:Harmonics,
     ecg = dit.ecg(f, rr, to(torch.rand(b, generator=rng) < drop), guess)
     x0 = source(noise, ecg[2], alpha)
     error = (dit(torch.lerp(x0, x1, t[:,None,None,None]), t, h.template, ecg).float() - (x1-x0)).square().mean((0,2,3))
-    return dict(loss=(error*loss_weight(h)).mean(), plain=error.mean().detach())
+    return dict(loss=(error*loss_weight(h)).mean() if weighted else error.mean(), plain=error.mean().detach())
 
-# %% ../nbs/11_amdf.ipynb #d28caf47
+# %% ../nbs/11_amdf.ipynb #b05488b9
 def check_range(name:str, value, low, high, whole:bool=False):
     "Refuse a number outside its range."
     if not (isinstance(value, int if whole else (int,float)) and not isinstance(value, bool) and low <= value <= high):
@@ -257,9 +258,9 @@ def euler(field,             # velocity of a state and a time, `field(x, t)`
     for i in range(steps): x = x + field(x, torch.full((len(x),), i/steps, device=x.device)).float()/steps
     return x
 
-def guided(dit, template:Tensor, f:Tensor, rr:Tensor, guidance:float=1.) -> tuple: # velocity, what the ECG says
+def guided(dit, template:Tensor, f:Tensor, rr:Tensor, guidance:float=1., deaf:bool=False) -> tuple: # velocity, what the ECG says; deaf: to no ECG at all
     "The field under classifier-free guidance; the ECG is encoded once."
-    ecg = dit.ecg(f, rr)
+    ecg = dit.ecg(f, rr, torch.ones(len(f), dtype=torch.bool, device=f.device)) if deaf else dit.ecg(f, rr)
     if guidance == 1: return (lambda x,t: dit(x, t, template, ecg)), ecg
     none = dit.ecg(f, rr, torch.ones(len(f), dtype=torch.bool, device=f.device))
     both = tuple(torch.cat(p) for p in zip(ecg, none))
