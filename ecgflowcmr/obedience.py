@@ -7,7 +7,7 @@ __all__ = ['JUDGED', 'NAMES', 'KNOWS', 'SIGNS', 'ideal_r', 'strict_r', 'resample
            'obedience', 'table_row', 'mean_row', 'standardised', 'gram', 'kernel_ridge', 'machine_numbers',
            'average_beats', 'boosted', 'fit_regressor', 'look', 'split_look', 'look_at_stored', 'samples_of',
            'kept_name', 'ranks', 'calibration', 'curve_error', 'curve_table', 'patients', 'with_ratio', 'shift',
-           'disease_table', 'Moments', 'frechet', 'leading', 'feature_distance']
+           'disease_table']
 
 # %% ../nbs/15a_obedience.ipynb #d862c9c0
 import time
@@ -314,37 +314,3 @@ def disease_table(true:dict,  # disease -> `(n, p)` true phenotypes; '' the heal
             rows.append({'disease':d, 'sign':q, 'healthy':float(true[''][:,j].mean()), 'true shift':float(t[0,j]), 'generated shift':float(g[0,j]), 'low':low, 'high':high, 'shown':float(share[0]), 'shown: low':between(share[1:])[0], 'shown: high':between(share[1:])[1],
                          'in healthy SD':float(g[0,j]/max(true[''][:,j].std(), 1e-9))})
     return pd.DataFrame(rows)
-
-# %% ../nbs/15a_obedience.ipynb #1cc0cb0f
-class Moments:
-    "Mean and covariance of rows that stream by, float64."
-    def __init__(self): self.n, self.mean, self.square = 0, 0., 0.
-
-    def add(self, x:np.ndarray): # `(b, d)`
-        x = np.asarray(x, 'f8'); n = self.n + len(x); gap = x.mean(0) - self.mean; c = x - x.mean(0)
-        self.square = self.square + c.T @ c + np.outer(gap, gap)*self.n*len(x)/n
-        self.mean = self.mean + gap*len(x)/n; self.n = n
-        return self
-
-    @property
-    def cov(self): return self.square/(self.n-1)
-
-def frechet(mu1:np.ndarray, cov1:np.ndarray, mu2:np.ndarray, cov2:np.ndarray) -> float:
-    "Squared Fréchet distance of two Gaussians."
-    e,u = np.linalg.eigh(cov1); root = (u*np.sqrt(e.clip(0))) @ u.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
-    return float(np.square(mu1-mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2*cross)
-
-# %% ../nbs/15a_obedience.ipynb #3816f340
-def leading(features:np.ndarray, # `(n, 128)` of true training cines
-            count:int,           # cines in the smaller of the sets to be compared
-           ) -> tuple:           # mean `(128,)`, matrix `(128, k)`
-    "Principal components that `count` cines can carry, one for every eight."
-    m = features.mean(0, dtype='f8'); e,u = np.linalg.eigh(np.cov(np.asarray(features, 'f8').T))
-    k = max(2, min(len(e), count//8, len(features)//8)); e,u = e[::-1][:k], u[:,::-1][:,:k]
-    return m, u/np.sqrt(max(e.mean(), 1e-12))
-
-def feature_distance(a:np.ndarray, b:np.ndarray, basis:tuple) -> float: # features `(n, 128)` of two sets; of `leading`
-    "Fréchet distance in the leading components."
-    one,two = (Moments().add((np.asarray(x, 'f8')-basis[0]) @ basis[1]) for x in (a,b))
-    return frechet(one.mean, one.cov, two.mean, two.cov)

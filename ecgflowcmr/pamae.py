@@ -9,7 +9,7 @@ __all__ = ['PATCH', 'POSITIONS', 'SCALE', 'WINDOWS', 'CYCLES', 'to_patches', 'fr
            'cycle_features', 'peak_cycles', 'peak_features', 'strip_features', 'pamae_config', 'pamae_figures',
            'fit_pamae']
 
-# %% ../nbs/09_pamae.ipynb #298dc0af
+# %% ../nbs/09_pamae.ipynb #45420290
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .ecg import r_peaks, phase_at
-from .train import fit, finish_stage, finished, load_stage, stage_folder, training_steps, waiting
+from .train import fit, finish_stage, finished, load_stage, stage_folder, waiting
+from .pace import length
 from .layers import Block, roi_align1d
 
 # %% ../nbs/09_pamae.ipynb #3c159163
@@ -250,7 +251,7 @@ def pamae_figures(model:PAMAE, cohort, rows:np.ndarray) -> dict: # figures of me
     return dict(phase_error_rad=float(np.mean(errors)), heart_rate_r=r, heart_rate_error_median=float(np.median(np.abs(rates-truth)[ok])) if ok.any() else float('nan'),
                 reconstruction_mse=float(np.mean(recs)), strips=len(rows), strips_without_a_cycle=int((~ok).sum()))
 
-# %% ../nbs/09_pamae.ipynb #7156d4ba
+# %% ../nbs/09_pamae.ipynb #5311371c
 def fit_pamae(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the PA-MAE of a run."
     folder = stage_folder(run, 'pamae', dict(cohort=cohort.fingerprint, **config))
@@ -266,7 +267,7 @@ def fit_pamae(cohort, config:dict, run, device:str='auto') -> tuple: # model, fo
             mv = cohort.batch(rows[index.numpy()], ('ecg',))['ecg']
             other, target = other_strips(mv, [peaks[i] for i in index], gains, np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng))))
         return pamae_loss(m, on(torch.from_numpy(mv)), on(target), on(visible(len(index), POSITIONS, config['mask_ratio'], rng)), on(other), config.get('phase_weight', 1.))
-    fit(model, loss, len(rows), training_steps(config['train'], len(rows)), folder, device, 'PA-MAE')
+    fit(model, loss, len(rows), length(model, loss, len(rows), config['train'], folder, device), folder, device, 'PA-MAE')
     model.cpu()
     finish_stage(folder, pamae_figures(model, cohort, cohort.index('test')), config=config)
     return model, folder

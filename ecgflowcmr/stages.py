@@ -7,7 +7,7 @@ __all__ = ['GUIDANCE', 'SWITCHES', 'ENCODERS', 'amdf_config', 'changed', 'recipe
            'latents', 'beats', 'new_generator', 'training_set', 'set_up', 'train_field', 'many_paths', 'train_student',
            'fit_amdf', 'settings_of', 'pamae_width', 'fit_generator']
 
-# %% ../nbs/11e_stages.ipynb #1ce5a6da
+# %% ../nbs/11e_stages.ipynb #0a3bcd84
 import copy
 import json
 import math
@@ -22,8 +22,8 @@ from .processes import main_first, main_process
 from .files import read_json, sha256_file
 from .ecg import DataError
 from .readings import ecg_features
-from .train import bf16_is_fast, fit, finish_stage, finished, load_stage, read_tensors, stage_folder, training_steps, waiting, write_tensors
-from .pace import steps_within
+from .train import bf16_is_fast, fit, finish_stage, finished, load_stage, read_tensors, stage_folder, waiting, write_tensors
+from .pace import length
 from .pamae import CYCLES, fit_pamae, pamae_config, cycle_features
 from .resnet_ecg import ResNetECG, middle_cycle_features, released_target, resnet_loss
 from .vae import clips, fit_vae, vae_config, vae_figures
@@ -32,7 +32,7 @@ from .amdf import fit_guess, fit_harmonics, flow_loss, guided, loss_weight, sour
 from .bundle import RECIPES, ECGFlowCMR
 from .frames import fit_frames, frame_flow_loss, paper_config, released_config
 
-# %% ../nbs/11e_stages.ipynb #1fa79974
+# %% ../nbs/11e_stages.ipynb #aa048920
 def amdf_config(preset:str='demo', seed:int=0) -> dict: # settings of the flow
     "Sizes of the flow of recipe `harmonic`, of its student, and of their trainings."
     model = dict(smoke=dict(width=64, depth=2, components=16), demo=dict(width=256, depth=4, components=64), paper=dict(width=768, depth=12, heads=12, components=128))[preset]
@@ -46,7 +46,7 @@ def amdf_config(preset:str='demo', seed:int=0) -> dict: # settings of the flow
 GUIDANCE = 1.  # of recipe `harmonic`: the conditional field itself; see chapter 30
 
 # What an ablation turns off (chapter 41). A switch that was not touched is not written into the settings: a stage trained before it existed stays what it was.
-SWITCHES = {'pamae.phase_weight':1., 'vae.model.time':True, 'amdf.cycles':'phase', 'amdf.ecg':True, 'amdf.anchor':True, 'amdf.guess':True, 'amdf.measures':True, 'amdf.weighted':True, 'amdf.train.seconds':0}
+SWITCHES = {'pamae.phase_weight':1., 'vae.model.time':True, 'amdf.cycles':'phase', 'amdf.ecg':True, 'amdf.anchor':True, 'amdf.guess':True, 'amdf.measures':True, 'amdf.weighted':True, 'pamae.train.seconds':0, 'vae.train.seconds':0, 'amdf.train.seconds':0}
 
 def changed(config:dict, settings:str) -> dict: # a copy
     "Settings with some of them replaced: `vae.train.steps=2000 amdf.student=null`; values as in JSON."
@@ -65,7 +65,7 @@ def recipe_config(preset:str='demo', recipe:str='harmonic', seed:int=0, settings
     config = paper_config(preset, seed) if recipe == 'paper' else released_config(preset, seed) if recipe == 'released' else dict(pamae=pamae_config(preset, seed), vae=vae_config(preset, seed), amdf=amdf_config(preset, seed))
     return changed(config, settings)
 
-# %% ../nbs/11e_stages.ipynb #3d002893
+# %% ../nbs/11e_stages.ipynb #aebd2928
 def fit_resnet(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the released encoder."
     folder = stage_folder(run, 'pamae-released', dict(cohort=cohort.fingerprint, **config))
@@ -77,11 +77,11 @@ def fit_resnet(cohort, config:dict, run, device:str='auto') -> tuple: # model, f
         on = lambda x: x.to(next(m.parameters()).device)
         with waiting(): mv = torch.from_numpy(cohort.batch(rows[index.numpy()], ('ecg',))['ecg'])
         return resnet_loss(m, on(mv), on(targets[index]), rng, config['mask_ratio'], config['weights'])
-    fit(model, loss, len(rows), training_steps(config['train'], len(rows)), folder, device, 'released encoder')
+    fit(model, loss, len(rows), length(model, loss, len(rows), config['train'], folder, device), folder, device, 'released encoder')
     finish_stage(folder, {}, config=config)
     return model.cpu().eval(), folder
 
-# %% ../nbs/11e_stages.ipynb #cb79f73a
+# %% ../nbs/11e_stages.ipynb #8289c3c8
 def fit_released_vae(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the released VAE with its discriminator."
     folder = stage_folder(run, 'vae-released', dict(cohort=cohort.fingerprint, **config))
@@ -92,7 +92,7 @@ def fit_released_vae(cohort, config:dict, run, device:str='auto') -> tuple: # mo
     def loss(m, index, rng):
         with waiting(): x = clips(cohort.la, rows[index], config['clip'], rng)
         return released_vae_loss(m, x.to(next(m.parameters()).device), rng, config['kl_weight'], config['gan_weight'], config['gan_start'])
-    fit(both, loss, len(rows), training_steps(config['train'], len(rows)), folder, device, 'released VAE')
+    fit(both, loss, len(rows), length(both, loss, len(rows), config['train'], folder, device), folder, device, 'released VAE')
     both.cpu().eval()
     finish_stage(folder, vae_figures(both.vae, cohort, cohort.index('test')[:16]), config=config)
     return both.vae, folder
@@ -156,7 +156,7 @@ def set_up(g:ECGFlowCMR, cache:dict, config:dict):
     cache['x1'] = torch.cat([((b.float()-space.mean)/space.spread[:,None,None]).half() for b in raw.split(64)])
     if g.config['recipe'] == 'harmonic' and config.get('guess', True) and config.get('ecg', True): cache['guess'] = fit_guess(g.dit.ecg.guess, cache['f'], cache['rr'], cache['x1'].float(), loss_weight(space))
 
-# %% ../nbs/11e_stages.ipynb #a97efbed
+# %% ../nbs/11e_stages.ipynb #d3b595df
 def train_field(g:ECGFlowCMR, cache:dict, config:dict, folder, device:str):
     "Equation 7 over the cached training set."
     def loss(dit, index, rng):
@@ -165,9 +165,7 @@ def train_field(g:ECGFlowCMR, cache:dict, config:dict, folder, device:str):
         x1, f, rr = (on(cache[k][index].float()) for k in ('x1','f','rr'))
         if config['recipe'] == 'harmonic': return flow_loss(dit, h, x1, f, rr, rng, config['alpha'], config['drop'] if config.get('ecg', True) else 1., on(cache['guess'][index]) if 'guess' in cache else None, config.get('weighted', True))
         return frame_flow_loss(dit, h, x1, f, rr, rng, config['alpha'], config['drop'], config['one_time'])
-    train = dict(config['train']); seconds = train.pop('seconds', 0)                                 # a number of seconds instead of steps: chapter 07a
-    if seconds: train = steps_within(g.dit, loss, len(cache['f']), train, seconds, folder, device)
-    fit(g.dit, loss, len(cache['f']), training_steps(train, len(cache['f'])), folder, device, f"AMDF ({config['recipe']})")
+    fit(g.dit, loss, len(cache['f']), length(g.dit, loss, len(cache['f']), config['train'], folder, device), folder, device, f"AMDF ({config['recipe']})")
     g.cpu()
 
 # %% ../nbs/11e_stages.ipynb #5b59a5d3

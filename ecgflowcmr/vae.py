@@ -6,14 +6,15 @@
 __all__ = ['TimeConv', 'ResBlock', 'Stack', 'Patches', 'fit_patches', 'VAE', 'vae_loss', 'clips', 'psnr', 'vae_config', 'ssim',
            'vae_figures', 'fit_vae']
 
-# %% ../nbs/10_vae.ipynb #94a7a098
+# %% ../nbs/10_vae.ipynb #ad830dc4
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .train import fit, finish_stage, finished, load_stage, stage_folder, training_steps, waiting
+from .train import fit, finish_stage, finished, load_stage, stage_folder, waiting
+from .pace import length
 
 # %% ../nbs/10_vae.ipynb #1000dfad
 class TimeConv(nn.Module):
@@ -170,7 +171,7 @@ def vae_figures(vae, cohort, rows:np.ndarray) -> dict: # figures of merit
         db.append(psnr(y, x).item()); like.append(ssim(y, x).item()); spread.append(z.std().item())
     return dict(psnr_db=float(np.mean(db)), psnr_db_worst=float(np.min(db)), ssim=float(np.mean(like)), latent_spread=float(np.mean(spread)), cines=len(rows))
 
-# %% ../nbs/10_vae.ipynb #88b7af94
+# %% ../nbs/10_vae.ipynb #12965cd0
 def fit_vae(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
     "Train, resume or load the VAE of a run."
     folder = stage_folder(run, 'vae', dict(cines=cohort.seen('la'), **config))
@@ -182,7 +183,7 @@ def fit_vae(cohort, config:dict, run, device:str='auto') -> tuple: # model, fold
     def loss(m, index, rng):
         with waiting(): x = clips(cohort.la, rows[index], config['clip'], rng)
         return vae_loss(m, x.to(m.patches.mean.device), rng, beta=config['beta'], shake=config['shake'])
-    fit(vae, loss, len(rows), training_steps(config['train'], len(rows)), folder, device, 'VAE')
+    fit(vae, loss, len(rows), length(vae, loss, len(rows), config['train'], folder, device), folder, device, 'VAE')
     vae.cpu()
     finish_stage(folder, vae_figures(vae, cohort, cohort.index('test')[:64]), config=config)
     return vae, folder
