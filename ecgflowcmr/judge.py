@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Held', 'held_out', 'best_prediction', 'draw', 'as_cines', 'seconds_a_cine', 'flops_of', 'Judges', 'sketch_of',
-           'make_judges', 'published', 'judge', 'figures_of', 'keep_verdict']
+           'make_judges', 'published', 'bench', 'judge', 'figures_of', 'memorised', 'unseen_figures', 'keep_verdict',
+           'verdict_of']
 
-# %% ../nbs/15g_judge.ipynb #bfdc3102
+# %% ../nbs/15g_judge.ipynb #992b2c8f
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .ecg import DataError
-from .files import atomic_write, read_json, sha256_file, write_json
+from .files import atomic_write, digest, read_json, sha256_file, write_json
 from .train import read_tensors, write_tensors
-from .fidelity import Reader, correlation, labelled, others, stored_cines, systole_fraction, truth, volume_curves
-from .obedience import JUDGED, NAMES, average_beats, curve_error, fit_regressor, kept_name, look, look_at_stored, machine_numbers, obedience, split_look
+from .baselines.common import reference
+from .fidelity import Reader, fit_reader, labelled, others, reader_config, stored_cines, systole_fraction, truth, volume_curves
+from .obedience import JUDGED, average_beats, curve_error, fit_regressor, look, look_at_stored, machine_numbers, obedience, split_look
 from .extractors import standard
-from .distances import Pairs, Score, Sketch, frechet_scores, kid_score, leading, preprocessing
+from .domain import domain_config, fit_domain
+from .distances import Pairs, Sketch, frechet_scores, kid_score, leading, preprocessing
+from .unseen import Copying, compare, copied, diversity, fit_space, heart_region, precision_recall, temporal_table
 
 # %% ../nbs/15g_judge.ipynb #e644751e
 @dataclass
@@ -102,7 +106,7 @@ def flops_of(call) -> int: # a function without arguments
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count, torch.no_grad(): call()
     return count.get_total_flops()
 
-# %% ../nbs/15g_judge.ipynb #9b67b3ad
+# %% ../nbs/15g_judge.ipynb #da17f19d
 @dataclass
 class Judges:
     "Networks that look at cines, and what they saw of true ones."
@@ -117,6 +121,10 @@ class Judges:
     real: list             # a Sketch of them for each extractor
     floor: list            # of as many training cines
     basis: list            # of `leading` where there are fewer cines than an extractor needs, else None
+    region: Tensor         # of `heart_region`
+    motion: pd.DataFrame   # `temporal_table` of the true cines
+    spaces: dict           # name -> Space of the training cines, and the held-out cines in it: for memorisation
+    beats: np.ndarray      # `(n, d)`: the beat extractor's features of the true cines
 
 def sketch_of(extractor, batches, said:dict) -> Sketch: # batches `(b, 50, 96, 96)` in [-1, 1]
     "What stays of a set of cines."
@@ -126,7 +134,11 @@ def sketch_of(extractor, batches, said:dict) -> Sketch: # batches `(b, 50, 96, 9
 
 def make_judges(cohort, held:Held, reader:Reader, predicted:np.ndarray, perceptual, extractors:list, most:int=600) -> Judges: # at most `most` training cines make the basis
     "Look at the true cines."
-    said, n = preprocessing(cohort), len(held); judged = Judges(held, reader, predicted, perceptual, extractors, said, cohort, split_look(look_at_stored(reader, cohort, held.rows)), [], [], [])
+    said, n = preprocessing(cohort), len(held); stream = lambda rows: stored_cines(cohort, rows, 16)
+    beat = next(e for e in extractors if e.input == 'video'); region = heart_region(stream(held.train[:most]))
+    spaces = {k: fit_space(k, stream(held.train), e) for k,e in {'pixels':None, beat.name:beat}.items()}
+    judged = Judges(held, reader, predicted, perceptual, extractors, said, cohort, split_look(look_at_stored(reader, cohort, held.rows)), [], [], [], region, temporal_table(stream(held.rows), region),
+                    {k: (s, s.see(stream(held.rows))) for k,s in spaces.items()}, np.concatenate([beat(x).cpu().numpy() for x in stream(held.rows)]))
     for e in extractors:
         judged.real.append(sketch_of(e, stored_cines(cohort, held.rows, 16), said)); judged.floor.append(sketch_of(e, stored_cines(cohort, held.train[:n], 16), said))
         few = (n if e.input == 'video' else 50*n) < 8*e.num_features
@@ -137,7 +149,19 @@ def published(folder=None) -> tuple: # of the weight files; None: torch's own ->
     "The networks of the literature: LPIPS (AlexNet), FID (Inception of TensorFlow), FVD (I3D). A missing file is an error."
     return standard('lpips-alex', folder), [standard('inception-tf', folder), standard('i3d-features', folder)]
 
-# %% ../nbs/15g_judge.ipynb #1cdeb3cd
+
+def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractors:str='domain', weights=None) -> tuple: # run; where what is made here is kept; 'domain' or 'standard' -> Judges, Baseline that reads ECGs, what all verdicts rest on
+    "All that an experiment needs before it judges: reader, extractors, held-out subjects and their best prediction. Trained if they are not there."
+    reader, at = fit_reader(cohort, reader_config(preset, seed), run)
+    if extractors == 'domain': frame, video, _ = fit_domain(cohort, domain_config(preset, seed), run); perceptual, looks = frame.check_cohort(cohort), [frame, video]
+    else: perceptual, looks = published(weights)
+    reads, _ = reference(cohort, preset, run, seed)
+    held = held_out(cohort, reads, subjects, folder, seed)
+    made_of = dict(cohort=cohort.fingerprint, subjects=len(held), seed=seed, reader=sha256_file(at/'model.safetensors')[:16], extractors=[e.describe() for e in (perceptual, *looks)])
+    predicted, _ = best_prediction(cohort, held, run, folder, f"regressor-{digest(dict(cohort=cohort.fingerprint, subjects=len(held), seed=seed), 8)}")
+    return make_judges(cohort, held, reader, predicted, perceptual, looks), reads, made_of
+
+# %% ../nbs/15g_judge.ipynb #eea84147
 def judge(j:Judges, stored:np.ndarray, seed:int=0) -> tuple: # drawn cines `(n, k, 50, 96, 96)` uint8 -> list of Score, obedience table, figures
     "Everything that chapters 15 to 15e ask of a set of cines."
     n, k = stored.shape[:2]
@@ -151,7 +175,7 @@ def judge(j:Judges, stored:np.ndarray, seed:int=0) -> tuple: # drawn cines `(n, 
         scores += frechet_scores(drawn, real, basis, floor) + [kid_score(drawn, real, seed=seed)]
     see = look(j.reader); seen = split_look(np.concatenate([see(x) for x in as_cines(rearrange(stored, 'n k ... -> (n k) ...'), 64)]).reshape(n, k, -1))
     table = obedience(j.held.y, j.on_true['read'], seen['read'], j.predicted, seen['read'][others(n, seed),0], seed=seed)
-    return scores, table, figures_of(scores, table, seen, j)
+    return scores, table, figures_of(scores, table, seen, j) | unseen_figures(j, stored, seed)
 
 def figures_of(scores:list, table:pd.DataFrame, seen:dict, j:Judges) -> dict: # name -> number
     "The numbers of a row of Table 1; the agreement is that of one sample, mean over the judged phenotypes."
@@ -163,9 +187,32 @@ def figures_of(scores:list, table:pd.DataFrame, seen:dict, j:Judges) -> dict: # 
     curve = curve_error(seen['curve'][:,0], j.held.curves)
     return out | {'LV curve (mL)':curve['RMSE mL'], 'LV curve: low':curve['RMSE mL: low'], 'LV curve: high':curve['RMSE mL: high']}
 
-# %% ../nbs/15g_judge.ipynb #cbc7f6c2
+# %% ../nbs/15g_judge.ipynb #f33c1278
+def memorised(j:Judges, stored:np.ndarray, seed:int=0) -> Copying: # as `judge`
+    "Were the first samples copied from the training set?"
+    return copied({k: (s.train, true, s.see(as_cines(stored[:,0], 16))) for k,(s,true) in j.spaces.items()}, own=np.arange(len(stored)), seed=seed)
+
+def unseen_figures(j:Judges, stored:np.ndarray, seed:int=0) -> dict: # as `judge` -> name -> number; words for the verdict on copies
+    "Motion, variety and copies."
+    n, k = stored.shape[:2]; beat = next(e for e in j.extractors if e.input == 'video')
+    moved = compare(j.motion, temporal_table(as_cines(stored[:,0], 16), j.region), seed=seed)
+    out = {f'{q}: effect':float(moved.loc[q,'effect']) for q in ('motion inside','outside over inside','flicker','closure')}
+    x = np.concatenate([beat(b).cpu().numpy() for b in as_cines(rearrange(stored, 'n k ... -> (n k) ...'), 16)]).reshape(n, k, -1)
+    if k > 1: out |= {f'spread, {q}':float(v) for q,v in diversity(x, j.beats)['over that of true hearts'].items() if q != 'true hearts'}
+    if n > 5: out |= {q:float(v) for q,v in precision_recall(j.beats, x[:,0])['value'].items()}
+    if n < 20: return out | {'copies':f'not judged: {n} subjects, 20 are needed'}
+    found = memorised(j, stored, seed)
+    return out | {'copies':found.verdict, 'copies: smallest p':float(min(found.votes['p'].min(), found.table.xs('standing out', level='measure')[['p (nearer)','p (1%)','p (C_T)']].min().min()))}
+
+# %% ../nbs/15g_judge.ipynb #cf496a4c
 def keep_verdict(folder, name:str, scores:list, table:pd.DataFrame, figures:dict, **about) -> dict: # the verdict as JSON
     "Write a verdict beside its cines."
-    v = dict(scores=[asdict(s) for s in scores], obedience=table.reset_index().to_dict('records'), figures={k:float(v) if np.isfinite(v) else None for k,v in figures.items()}, about=about)
+    known = lambda d: {k:None if isinstance(v, float) and not np.isfinite(v) else v for k,v in d.items()}                # JSON has no NaN
+    v = dict(scores=[known(asdict(s)) for s in scores], obedience=[known(r) for r in table.reset_index().to_dict('records')], figures=known({k:v if isinstance(v, str) else float(v) for k,v in figures.items()}), about=about)
     write_json(Path(folder)/f'{name}.json', v)
-    return v
+    return read_json(Path(folder)/f'{name}.json')
+
+def verdict_of(j:Judges, stored:np.ndarray, folder, made_of:dict, seed:int=0, **about) -> dict: # made_of: of `bench`; about: what shall be kept beside
+    "The kept verdict on kept cines, or a new one."
+    name = f'verdict-{digest(made_of, 8)}'; file = Path(folder)/f'{name}.json'
+    return read_json(file) if file.exists() else keep_verdict(folder, name, *judge(j, stored, seed), made_of=made_of, **about)

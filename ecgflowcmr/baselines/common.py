@@ -4,29 +4,28 @@
 
 # %% auto #0
 __all__ = ['Pairs', 'known_of', 'store_latents', 'training_pairs', 'ECGTokens', 'train_part', 'seeded', 'Baseline', 'MeanLatent',
-           'recalled']
+           'shared_parts', 'reference', 'recalled']
 
-# %% ../../nbs/12_baselines.common.ipynb #72421a1a
+# %% ../../nbs/12_baselines.common.ipynb #66226162
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..ecg import DataError
 from ..files import atomic_write, digest, sha256_file
 from ..processes import main_first
 from ..readings import ecg_features
-from ..train import fit, read_tensors, training_steps, write_tensors
-from ..pace import steps_within
+from ..train import fit, read_tensors, write_tensors
+from ..pace import length
 from ..layers import Block, mlp, periodic
 from ..amdf import Measures
 from ..bundle import BeatReader
-from ..stages import beats, latents
+from ..pamae import fit_pamae
+from ..vae import fit_vae
+from ..stages import beats, latents, recipe_config
 
 # %% ../../nbs/12_baselines.common.ipynb #d2f17bd6
 @dataclass
@@ -114,11 +113,10 @@ class ECGTokens(nn.Module):
         gone = lambda y, none: torch.where(drop.view(-1, *[1]*(y.ndim-1)), none.to(y.dtype), y)
         return gone(x, self.none), gone(pooled, self.none_pool)
 
-# %% ../../nbs/12_baselines.common.ipynb #061c0566
+# %% ../../nbs/12_baselines.common.ipynb #778c9e56
 def train_part(model:nn.Module, loss, n:int, config:dict, folder, device='auto', desc='system', seconds:float=0) -> nn.Module: # `config`: of the loop; seconds 0: its own steps or epochs
     "Train a part of a system, resume or load it; for its own steps or for a number of seconds."
-    config = training_steps(config if not seconds else steps_within(model, loss, n, config, seconds, folder, device), n)
-    fit(model, loss, n, config, folder, device, desc)
+    fit(model, loss, n, length(model, loss, n, config | (dict(seconds=seconds) if seconds else {}), folder, device), folder, device, desc)
     return model.cpu().eval()
 
 # %% ../../nbs/12_baselines.common.ipynb #478e9bcf
@@ -145,7 +143,7 @@ class Baseline(BeatReader):
         "A cine from an ECG alone."
         return self.sample(*self.beat_of(ecg), [seed], **options)[0].cpu().numpy()
 
-# %% ../../nbs/12_baselines.common.ipynb #4447e15a
+# %% ../../nbs/12_baselines.common.ipynb #0b1f2a10
 class MeanLatent(nn.Module):
     "The mean of the training latents, for everybody: no ECG, no noise."
     draws = 'latents'
@@ -158,6 +156,17 @@ class MeanLatent(nn.Module):
         self.mean.copy_(total/len(pairs)); return self
 
     def sample(self, f:Tensor, rr:Tensor, seeds) -> Tensor: return self.mean.expand(len(f), *self.mean.shape)
+
+def shared_parts(cohort, preset:str, run, seed:int=0, device:str='auto') -> tuple: # (pamae, folder), (vae, folder), level that its decoder is told
+    "The encoder of ECGs and the VAE of a run: those of recipe `harmonic`, trained if they are not there."
+    config = recipe_config(preset, 'harmonic', seed)
+    return fit_pamae(cohort, config['pamae'], run, device), fit_vae(cohort, config['vae'], run, device), config['amdf']['level']
+
+def reference(cohort, preset:str, run, seed:int=0, device:str='auto') -> tuple: # Baseline that draws the mean, Pairs
+    "The system that needs no training; what it knows of ECGs is what all systems of a run know."
+    pamae, vae, level = shared_parts(cohort, preset, run, seed, device)
+    pairs, measures, names = training_pairs(cohort, run, pamae, vae)
+    return Baseline('mean', MeanLatent(vae[0].channels).take(pairs), pamae[0], vae[0], measures, names, level, float(cohort.table['pixel_mm'].iloc[0])), pairs
 
 # %% ../../nbs/12_baselines.common.ipynb #6bd0f444
 def recalled(drawn:Tensor, # cines drawn from the ECGs of a few training subjects `(n, 50, 96, 96)`
