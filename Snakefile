@@ -9,6 +9,9 @@
 #   snakemake --cores 2 synthetic                        # three virtual cines for each training ECG; not part of `all`
 #   snakemake --cores 2 obedience                        # does the generator obey the ECG (chapter 15a); not part of `all`
 #   snakemake --cores 2 few_steps                        # quality against the number of steps; not part of `all`
+#   snakemake --cores 2 baselines                        # the systems of Table 1, trained (31); not part of `all`
+#   snakemake --cores 2 table1                           # Table 1 and Figure 3 (40); trains the systems first
+#   snakemake --cores 2 ablation noise_scale             # Figure 2(a) and 2(b) (41, 42)
 #   snakemake --cores 2 real_ecgs                        # a page of real ECGs; of the files that ECGFLOWCMR_FIXTURES names
 #   snakemake --cores 2 cost                             # what the full run would cost
 #   snakemake --cores 2 benchmarks_generator             # how fast the generator is, on a GPU if there is one; on a quiet machine
@@ -21,6 +24,7 @@ from pathlib import Path
 config.setdefault("preset", "demo")
 RUN = str(config.get("run") or config["preset"])
 KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed", "settings") if config.get(k, "") != "")
+TABLE_KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "cohort", "run", "seed") if config.get(k, "") != "")   # all recipes are rows of the table
 BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
 PROCESSES = int(config.get("processes", 1))
 MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
@@ -155,6 +159,47 @@ rule few_steps:
     resources: gpu=1
     params: KNOBS
     shell: "papermill nbs/33_few_steps.ipynb {params}"
+
+SYSTEMS = "videogpt modelscope cardionets echopulse crossmodal".split()
+
+rule baselines:
+    input: expand(f"runs/{RUN}/baseline-{{system}}.done", system=SYSTEMS)
+
+rule baseline:
+    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output
+    output: touch(f"runs/{RUN}/baseline-{{system}}.done")
+    wildcard_constraints: system="|".join(SYSTEMS)
+    threads: 2
+    resources: gpu=PROCESSES
+    params: TABLE_KNOBS
+    shell: MANY + f"papermill nbs/31_baseline_train.ipynb runs/{RUN}/31_{{wildcards.system}}.ipynb -p system {{wildcards.system}} {{params}}"
+
+rule table1:
+    input: code("40_generation_quality"), rules.baselines.input
+    output: f"runs/{RUN}/table1/done.json"
+    log: f"runs/{RUN}/40_generation_quality.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: TABLE_KNOBS
+    shell: "papermill nbs/40_generation_quality.ipynb {params}"
+
+rule ablation:
+    input: code("41_ablation"), rules.pamae.output, rules.vae.output
+    output: f"runs/{RUN}/ablation/done.json"
+    log: f"runs/{RUN}/41_ablation.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: TABLE_KNOBS
+    shell: "papermill nbs/41_ablation.ipynb {params}"
+
+rule noise_scale:
+    input: code("42_noise_scale"), rules.pamae.output, rules.vae.output
+    output: f"runs/{RUN}/noise_scale/done.json"
+    log: f"runs/{RUN}/42_noise_scale.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: TABLE_KNOBS
+    shell: "papermill nbs/42_noise_scale.ipynb {params}"
 
 rule real_ecgs:
     input: code("36_real_ecgs"), rules.amdf.output
