@@ -161,7 +161,7 @@ def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractor
     predicted, _ = best_prediction(cohort, held, run, folder, f"regressor-{digest(dict(cohort=cohort.fingerprint, subjects=len(held), seed=seed), 8)}")
     return make_judges(cohort, held, reader, predicted, perceptual, looks), reads, made_of
 
-# %% ../nbs/15g_judge.ipynb #eea84147
+# %% ../nbs/15g_judge.ipynb #256d99b4
 def judge(j:Judges, stored:np.ndarray, seed:int=0) -> tuple: # drawn cines `(n, k, 50, 96, 96)` uint8 -> list of Score, obedience table, figures
     "Everything that chapters 15 to 15e ask of a set of cines."
     n, k = stored.shape[:2]
@@ -170,12 +170,13 @@ def judge(j:Judges, stored:np.ndarray, seed:int=0) -> tuple: # drawn cines `(n, 
     for i in range(0, n, 8):
         x, y = (next(as_cines(o)) for o in (stored[i:i+8,0], j.cohort.la[j.held.rows[i:i+8]])); pairs.see(x, y, allow=('positive','blank','still'))
     scores = pairs.scores(seed=seed)
-    for e,real,floor,basis in zip(j.extractors, j.real, j.floor, j.basis):
+    alone = all((stored[i,0] == stored[0,0]).all() for i in range(1, n))             # one cine for everybody: no cloud that a distance could compare
+    for e,real,floor,basis in [] if alone else zip(j.extractors, j.real, j.floor, j.basis):
         drawn = sketch_of(e, as_cines(stored[:,0], 16), j.said)
         scores += frechet_scores(drawn, real, basis, floor) + [kid_score(drawn, real, seed=seed)]
     see = look(j.reader); seen = split_look(np.concatenate([see(x) for x in as_cines(rearrange(stored, 'n k ... -> (n k) ...'), 64)]).reshape(n, k, -1))
     table = obedience(j.held.y, j.on_true['read'], seen['read'], j.predicted, seen['read'][others(n, seed),0], seed=seed)
-    return scores, table, figures_of(scores, table, seen, j) | unseen_figures(j, stored, seed)
+    return scores, table, figures_of(scores, table, seen, j) | (dict(distances='not defined: one cine for everybody') if alone else {}) | unseen_figures(j, stored, seed)
 
 def figures_of(scores:list, table:pd.DataFrame, seen:dict, j:Judges) -> dict: # name -> number
     "The numbers of a row of Table 1; the agreement is that of one sample, mean over the judged phenotypes."

@@ -329,12 +329,12 @@ class Copying:
         t = self.table; worst = t[[c for c in t if c.startswith('p (')]].min(1); v = self.votes
         return f"{self.verdict}; smallest p of each measure: {', '.join(f'{s} {m} {p:.2g}' for (s,m),p in worst.items())}; votes for training cines {v['share']:.1%} (expected {v['expected']:.1%}, p = {v['p']:.2g})"
 
-# %% ../nbs/15f_unseen.ipynb #122f5ccf
-def judged(table:pd.DataFrame, votes:dict, level:float=.01) -> str:
+# %% ../nbs/15f_unseen.ipynb #35743baa
+def judged(table:pd.DataFrame, votes:dict, level:float=.05) -> str:
     "The verdict of all tests."
-    tests = table[['p (nearer)','p (1%)','p (C_T)']]; of = lambda m: tests.xs(m, level='measure').to_numpy(float).ravel()
-    if (holm(np.r_[of('standing out'), votes['p']]) < level).any(): return 'copies'
-    return 'close' if (holm(of('distance')) < level).any() else 'no copies found'
+    sharp, blunt = table['p (1%)'].xs('standing out', level='measure'), table[['p (nearer)','p (C_T)']].to_numpy(float).ravel()
+    if (holm(np.r_[sharp.to_numpy(float), votes['p']]) < level).any(): return 'copies'
+    return 'close' if (holm(np.r_[blunt, table['p (1%)'].xs('distance', level='measure').to_numpy(float)]) < level).any() else 'no copies found'
 
 def copied(spaces:dict, # name -> (training `(n, c)`, held-out `(h, s, c)`, generated `(m, s, c)`)
            pool:tuple,  # training `(n, c)`, held-out `(h, c)`, generated `(m, s, c)` in components that favour neither of the first two

@@ -223,7 +223,7 @@ def echopulse_config(preset:str='demo', seed:int=0) -> dict: # settings of the s
     model = dict(smoke=dict(width=64, depth=1, heads=2), demo=dict(width=192, depth=4, heads=4), paper=dict(width=512, depth=6, heads=8))[preset]
     muon = lambda *names: dict(optimizer='muon', by_adamw=names, lr=.02, lr_adamw=2e-3, weight_decay=.01, betas=(.9,.95))
     first = dict(smoke=dict(steps=10, batch=4, warmup=3), demo=dict(steps=250, batch=4, warmup=20), paper=dict(epochs=400, batch=50, lr=1e-4, weight_decay=0., betas=(.9,.99), warmup=1000))[preset]
-    then = dict(smoke=dict(steps=20, batch=4, warmup=3, ema=.9), demo=dict(steps=500, batch=8, warmup=30, lr=.01, ema=.98), paper=dict(epochs=400, batch=50, lr=1e-4, weight_decay=0., betas=(.9,.99), warmup=1000, ema=.9995))[preset]
+    then = dict(smoke=dict(steps=20, batch=4, warmup=3, ema=.9), demo=dict(steps=600, batch=4, warmup=30, lr=.01, ema=.98), paper=dict(epochs=400, batch=50, lr=1e-4, weight_decay=0., betas=(.9,.99), warmup=1000, ema=.9995))[preset]
     if preset != 'paper': first, then = muon('enter', 'leave', 'place', 'code', 'first', 'later') | dict(lr_adamw=1e-3) | first, muon('enter', 'head', 'place', 'none') | then
     shared = dict(clip=1., seed=seed, log_every=10)
     return dict(model=model, tokenizer=tokenizer, drop=.25, train=shared | then, tokenizer_train=shared | dict(ema=0.) | first, sampling=dict(steps=18, guidance=3., temperature=.9, choice=0.))
