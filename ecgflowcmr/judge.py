@@ -161,7 +161,7 @@ def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractor
     predicted, _ = best_prediction(cohort, held, run, folder, f"regressor-{digest(dict(cohort=cohort.fingerprint, subjects=len(held), seed=seed), 8)}")
     return make_judges(cohort, held, reader, predicted, perceptual, looks), reads, made_of
 
-# %% ../nbs/15g_judge.ipynb #256d99b4
+# %% ../nbs/15g_judge.ipynb #7820dc4f
 def judge(j:Judges, stored:np.ndarray, seed:int=0) -> tuple: # drawn cines `(n, k, 50, 96, 96)` uint8 -> list of Score, obedience table, figures
     "Everything that chapters 15 to 15e ask of a set of cines."
     n, k = stored.shape[:2]
@@ -176,7 +176,7 @@ def judge(j:Judges, stored:np.ndarray, seed:int=0) -> tuple: # drawn cines `(n, 
         scores += frechet_scores(drawn, real, basis, floor) + [kid_score(drawn, real, seed=seed)]
     see = look(j.reader); seen = split_look(np.concatenate([see(x) for x in as_cines(rearrange(stored, 'n k ... -> (n k) ...'), 64)]).reshape(n, k, -1))
     table = obedience(j.held.y, j.on_true['read'], seen['read'], j.predicted, seen['read'][others(n, seed),0], seed=seed)
-    return scores, table, figures_of(scores, table, seen, j) | (dict(distances='not defined: one cine for everybody') if alone else {}) | unseen_figures(j, stored, seed)
+    return scores, table, figures_of(scores, table, seen, j) | (dict(distances='not defined: one cine for everybody') if alone else {}) | unseen_figures(j, stored, seed, alone)
 
 def figures_of(scores:list, table:pd.DataFrame, seen:dict, j:Judges) -> dict: # name -> number
     "The numbers of a row of Table 1; the agreement is that of one sample, mean over the judged phenotypes."
@@ -188,12 +188,14 @@ def figures_of(scores:list, table:pd.DataFrame, seen:dict, j:Judges) -> dict: # 
     curve = curve_error(seen['curve'][:,0], j.held.curves)
     return out | {'LV curve (mL)':curve['RMSE mL'], 'LV curve: low':curve['RMSE mL: low'], 'LV curve: high':curve['RMSE mL: high']}
 
-# %% ../nbs/15g_judge.ipynb #f33c1278
+# %% ../nbs/15g_judge.ipynb #8fb1d664
 def memorised(j:Judges, stored:np.ndarray, seed:int=0) -> Copying: # as `judge`
     "Were the first samples copied from the training set?"
-    return copied({k: (s.train, true, s.see(as_cines(stored[:,0], 16))) for k,(s,true) in j.spaces.items()}, own=np.arange(len(stored)), seed=seed)
+    drawn, fair = (lambda: as_cines(stored[:,0], 16)), fit_space('votes', as_cines(stored[:,0], 16))
+    pool = *(fair.see(stored_cines(j.cohort, rows, 16), moved=False) for rows in (j.held.train, j.held.rows)), fair.see(drawn())
+    return copied({k: (s.train, true, s.see(drawn())) for k,(s,true) in j.spaces.items()}, pool, own=np.arange(len(stored)), seed=seed)
 
-def unseen_figures(j:Judges, stored:np.ndarray, seed:int=0) -> dict: # as `judge` -> name -> number; words for the verdict on copies
+def unseen_figures(j:Judges, stored:np.ndarray, seed:int=0, alone:bool=False) -> dict: # as `judge`; one cine for everybody? -> name -> number; words for the verdict on copies
     "Motion, variety and copies."
     n, k = stored.shape[:2]; beat = next(e for e in j.extractors if e.input == 'video')
     moved = compare(j.motion, temporal_table(as_cines(stored[:,0], 16), j.region), seed=seed)
@@ -201,9 +203,9 @@ def unseen_figures(j:Judges, stored:np.ndarray, seed:int=0) -> dict: # as `judge
     x = np.concatenate([beat(b).cpu().numpy() for b in as_cines(rearrange(stored, 'n k ... -> (n k) ...'), 16)]).reshape(n, k, -1)
     if k > 1: out |= {f'spread, {q}':float(v) for q,v in diversity(x, j.beats)['over that of true hearts'].items() if q != 'true hearts'}
     if n > 5: out |= {q:float(v) for q,v in precision_recall(j.beats, x[:,0])['value'].items()}
-    if n < 20: return out | {'copies':f'not judged: {n} subjects, 20 are needed'}
+    if n < 20 or alone: return out | {'copies':'not judged: ' + ('one cine for everybody' if alone else f'{n} subjects, 20 are needed')}
     found = memorised(j, stored, seed)
-    return out | {'copies':found.verdict, 'copies: smallest p':float(min(found.votes['p'].min(), found.table.xs('standing out', level='measure')[['p (nearer)','p (1%)','p (C_T)']].min().min()))}
+    return out | {'copies':found.verdict, 'copies: p of the votes':float(found.votes['p']), 'copies: votes for training':float(found.votes['share']), 'copies: as expected':float(found.votes['expected'])}
 
 # %% ../nbs/15g_judge.ipynb #cf496a4c
 def keep_verdict(folder, name:str, scores:list, table:pd.DataFrame, figures:dict, **about) -> dict: # the verdict as JSON

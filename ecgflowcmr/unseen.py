@@ -86,7 +86,7 @@ def more_often(a:np.ndarray, b:np.ndarray, wa=None, wb=None) -> np.ndarray: # `(
     lo, hi = np.searchsorted(b[order], a, 'left'), np.searchsorted(b[order], a, 'right')
     return (wa*(below[:,lo]+below[:,hi])/2).sum(1)/np.maximum(wa.sum(1)*wb.sum(1), 1e-12)
 
-# %% ../nbs/15f_unseen.ipynb #c61a502a
+# %% ../nbs/15f_unseen.ipynb #6d4bf6fa
 def compare(true:pd.DataFrame,  # a row a true cine
             drawn:pd.DataFrame, # a row a generated cine, the same columns
             who_true=None,      # subject of each row; None: everyone is somebody else
@@ -99,9 +99,11 @@ def compare(true:pd.DataFrame,  # a row a true cine
     wa, wb = subject_weights(a, b, draws, seed); first = [pd.DataFrame({'who':w}).drop_duplicates().index for w in (a,b)]; rows = {}
     for k in true:
         x, y = true[k].to_numpy(float), drawn[k].to_numpy(float); mx, my = wa@x/wa.sum(1), wb@y/wb.sum(1)
-        effect = (my-mx)/np.sqrt(np.maximum(wa@x**2/wa.sum(1) - mx**2, 1e-24)); p = more_often(y, x, wb, wa); ks = stats.ks_2samp(x[first[0]], y[first[1]])
-        rows[k] = {'true':mx[0], 'generated':my[0], 'difference':(my-mx)[0], 'difference: low':between((my-mx)[1:])[0], 'difference: high':between((my-mx)[1:])[1], 'effect':effect[0], 'effect: low':between(effect[1:])[0], 'effect: high':between(effect[1:])[1],
-                   'P(more)':p[0], 'P(more): low':between(p[1:])[0], 'P(more): high':between(p[1:])[1], 'KS':ks.statistic, 'p (KS)':ks.pvalue}
+        effect = (my-mx)/np.sqrt(np.maximum(wa@x**2/wa.sum(1) - mx**2, 1e-24)); p = more_often(y, x, wb, wa)
+        ks = stats.ks_2samp(x[first[0]], y[first[1]])
+        row = {'true':mx[0], 'generated':my[0]}
+        for name,v in (('difference',my-mx), ('effect',effect), ('P(more)',p)): row |= {name:v[0], f'{name}: low':between(v[1:])[0], f'{name}: high':between(v[1:])[1]}
+        rows[k] = row | {'KS':ks.statistic, 'p (KS)':ks.pvalue}
     return pd.DataFrame(rows).T.rename_axis('measure')
 
 # %% ../nbs/15f_unseen.ipynb #f92bb02a
@@ -118,7 +120,7 @@ def features_of(embed:Callable, cines) -> np.ndarray: # `(n, d)` float32
     if len(out) > 1 and out.shape[1] == 0: raise DataError('no features', field='embedding', remedy='Give an embedding of one dimension or more')
     return out.numpy()
 
-# %% ../nbs/15f_unseen.ipynb #b2752233
+# %% ../nbs/15f_unseen.ipynb #5ea7464d
 def distances(a:np.ndarray, b:np.ndarray, tile:int=1024) -> np.ndarray: # `(n, d)`, `(m, d)` -> `(n, m)` float32
     "Euclidean distances, centred first so that float32 suffices; tiles of rows."
     m = b.mean(0, dtype='f8'); a, b = (torch.from_numpy(np.asarray(x - m, 'f4')) for x in (a,b))
@@ -126,7 +128,8 @@ def distances(a:np.ndarray, b:np.ndarray, tile:int=1024) -> np.ndarray: # `(n, d
 
 def check_samples(samples:np.ndarray, true:np.ndarray):
     "Refuse samples `(n, k, d)` and truth `(n, d)` that do not belong together."
-    if samples.ndim != 3 or true.ndim != 2 or len(samples) != len(true) or samples.shape[2] != true.shape[1]: raise DataError(f'samples {samples.shape} and truth {true.shape}', field='shape', remedy='Give (n, k, d) and (n, d), the same subjects in the same order')
+    if samples.ndim != 3 or true.ndim != 2 or len(samples) != len(true) or samples.shape[2] != true.shape[1]:
+        raise DataError(f'samples {samples.shape} and truth {true.shape}', field='shape', remedy='Give (n, k, d) and (n, d), the same subjects in the same order')
     if len(true) < 4: raise DataError(f'{len(true)} subjects', field='subjects', remedy='Give 4 or more')
     if not (np.isfinite(samples).all() and np.isfinite(true).all()): raise DataError('NaN or infinity', field='samples', remedy='Find where the sampler or the reader diverged')
 
@@ -143,7 +146,7 @@ def diversity(samples:np.ndarray, # features of K cines of each ECG `(n, k, d)`
         ratio = v/np.where(base > 0, base, np.nan); rows[name] = {'distance':v[0], 'over that of true hearts':ratio[0], 'low':between(ratio[1:])[0], 'high':between(ratio[1:])[1]}
     return pd.DataFrame(rows).T.rename_axis('pairs of')
 
-# %% ../nbs/15f_unseen.ipynb #6d7f9eed
+# %% ../nbs/15f_unseen.ipynb #f2309ea3
 def variance_ratio(samples:np.ndarray, # readings of K cines of each ECG `(n, k, p)`
                    on_true:np.ndarray, # readings of the true cines `(n, p)`
                    names, draws:int=1000, seed:int=0) -> pd.DataFrame: # a row a phenotype
@@ -154,7 +157,8 @@ def variance_ratio(samples:np.ndarray, # readings of K cines of each ECG `(n, k,
     within = mean(x.var(1, ddof=1)) if k > 1 else np.full_like(var, np.nan); rows = {}
     for j,name in enumerate(names):
         r = var[:,j]/np.where(base[:,j] > 1e-12, base[:,j], np.nan); s = within[:,j]/np.where(var[:,j] > 1e-12, var[:,j], np.nan)
-        rows[name] = {'SD true':base[0,j]**.5, 'SD generated':var[0,j]**.5, 'variance ratio':r[0], 'low':between(r[1:])[0], 'high':between(r[1:])[1], 'share within an ECG':s[0], 'share: low':between(s[1:])[0], 'share: high':between(s[1:])[1]}
+        rows[name] = {'SD true':base[0,j]**.5, 'SD generated':var[0,j]**.5,
+                      'variance ratio':r[0], 'low':between(r[1:])[0], 'high':between(r[1:])[1], 'share within an ECG':s[0], 'share: low':between(s[1:])[0], 'share: high':between(s[1:])[1]}
     return pd.DataFrame(rows).T.rename_axis('phenotype')
 
 # %% ../nbs/15f_unseen.ipynb #91a205bd
@@ -329,7 +333,7 @@ class Copying:
         t = self.table; worst = t[[c for c in t if c.startswith('p (')]].min(1); v = self.votes
         return f"{self.verdict}; smallest p of each measure: {', '.join(f'{s} {m} {p:.2g}' for (s,m),p in worst.items())}; votes for training cines {v['share']:.1%} (expected {v['expected']:.1%}, p = {v['p']:.2g})"
 
-# %% ../nbs/15f_unseen.ipynb #35743baa
+# %% ../nbs/15f_unseen.ipynb #aad98ce7
 def judged(table:pd.DataFrame, votes:dict, level:float=.05) -> str:
     "The verdict of all tests."
     sharp, blunt = table['p (1%)'].xs('standing out', level='measure'), table[['p (nearer)','p (C_T)']].to_numpy(float).ravel()
@@ -343,7 +347,8 @@ def copied(spaces:dict, # name -> (training `(n, c)`, held-out `(h, s, c)`, gene
     "Compare generated with held-out cines in every space."
     n, m = len(pool[1]), len(pool[2]); rows, near, far = {}, {}, {}
     if min(n, m) < 20: raise DataError(f'{n} held-out and {m} generated cines', field='held-out cines', remedy='Give 20 of each or more: percentiles of fewer say nothing')
-    if own is not None and (len(own) != m or not (np.asarray(own) < n).all()): raise DataError(f'{len(own)} numbers for {m} generated and {n} held-out cines', field='own', remedy='Give one a generated cine: a number of a held-out cine, or -1')
+    if own is not None and (len(own) != m or not (np.asarray(own) < n).all()):
+        raise DataError(f'{len(own)} numbers for {m} generated and {n} held-out cines', field='own', remedy='Give one a generated cine: a number of a held-out cine, or -1')
     for name,(train,held,drawn) in spaces.items():
         if (len(held), len(drawn)) != (n, m): raise DataError(f'{len(held)} held-out and {len(drawn)} generated cines, elsewhere {n} and {m}', field=name, remedy='Each stream must give the same cines each time')
         near[name], far[name] = nearest(drawn, train, k), nearest(held, train, k); middle = held.shape[1]//2
@@ -365,7 +370,7 @@ def copying(train:Callable, held:Callable, drawn:Callable, # each makes a new st
     fair = fit_space('votes', drawn(), components=components)
     return copied(spaces, (fair.see(train(), moved=False), fair.see(held(), moved=False), fair.see(drawn())), own, **kw)
 
-# %% ../nbs/15f_unseen.ipynb #be718dd9
+# %% ../nbs/15f_unseen.ipynb #bced2233
 def closest(found:Copying, space:str, count:int=5, by:str='standing out', held:bool=False) -> tuple: # rows of the generated (held-out) cines, rows of the training set, values
     "The pairs of a space that are most suspicious."
     if by not in ('standing out','distance'): raise DataError(f'unknown measure {by!r}', field='by', remedy="Valid: 'standing out', 'distance'")
@@ -375,10 +380,10 @@ def closest(found:Copying, space:str, count:int=5, by:str='standing out', held:b
 
 def closest_pairs(drawn:Tensor, train:Tensor, # cines `(p, 50, 96, 96)`, pair by pair
                   values, label:str='d',       # `(p,)` and what it is
-                  names=('generated','nearest training'), limit:float=None): # held-out cines' first percentile, for the caption -> figure
+                  names=('generated','nearest training'), limit:float=None, dpi:int=90): # held-out cines' first percentile, for the caption -> figure
     "End-diastole and end-systole of pairs, one above the other."
     if not len(drawn) == len(train) == len(values) or not len(drawn): raise DataError(f'{len(drawn)}, {len(train)} and {len(values)} cines and values', field='pairs', remedy='Give as many of each')
-    n = len(drawn); fig,axs = plt.subplots(2, 2*n, figsize=(2.1*n, 2.5), squeeze=False, dpi=90)
+    n = len(drawn); fig,axs = plt.subplots(2, 2*n, figsize=(2.1*n, 2.5), squeeze=False, dpi=dpi)
     for i,(a,b,v) in enumerate(zip(drawn, train, values)):
         es = int((b - b[:1]).square().mean((1,2)).argmax())
         for r,x in enumerate((a,b)):

@@ -24,14 +24,13 @@ from ..vae import Stack
 from ..amdf import check_range
 from .common import ECGTokens, Pairs, seeded, train_part
 
-# %% ../../nbs/12a_baselines.videogpt.ipynb #aa6bcd17
+# %% ../../nbs/12a_baselines.videogpt.ipynb #fe72a1fe
 class Cuboids(nn.Module):
     "Blocks of `span` frames by `patch` x `patch` pixels, and their linear code of `dim` numbers."
     def __init__(self, dim:int, span:int, patch:int):
         super().__init__()
         pixels = span*patch**2; self.span, self.patch = span, patch
-        self.register_buffer('mean', torch.zeros(pixels)); self.register_buffer('spread', torch.ones(()))
-        self.enter, self.leave = nn.Parameter(torch.randn(dim, pixels)*pixels**-.5), nn.Parameter(torch.randn(pixels, dim)*dim**-.5)
+        for name,x in dict(mean=torch.zeros(pixels), spread=torch.ones(()), enter=torch.randn(dim, pixels)*pixels**-.5, leave=torch.randn(pixels, dim)*dim**-.5).items(): self.register_buffer(name, x)
 
     def cut(self, x:Tensor) -> Tensor: # `(b, t, 96, 96)` -> `(b t/span) pixels n n`
         return rearrange(x, 'b (t s) (h p) (w q) -> (b t) (s p q) h w', s=self.span, p=self.patch, q=self.patch)
@@ -50,7 +49,7 @@ def fit_cuboids(cuboids:Cuboids, x:Tensor): # cines `(b, 50, 96, 96)`
     scale = (s.square().mean()/len(p)).sqrt()
     cuboids.mean.copy_(mean); cuboids.spread.copy_(x.std()); cuboids.enter.copy_(u.T/scale); cuboids.leave.copy_(u*scale)
 
-# %% ../../nbs/12a_baselines.videogpt.ipynb #d446f1ca
+# %% ../../nbs/12a_baselines.videogpt.ipynb #62a935d0
 def quantizer(codes:int, dim:int, decay:float, dead:float): # a `VectorQuantize`
     "A codebook of running means; a word of fewer than `dead` uses a batch is given a new meaning."
     from vector_quantize_pytorch import VectorQuantize # here, because it takes a second to import
@@ -58,7 +57,7 @@ def quantizer(codes:int, dim:int, decay:float, dead:float): # a `VectorQuantize`
 
 class Tokenizer(nn.Module):
     "VQ-VAE of cines `(b, 50, 96, 96)` in [-1, 1]: words `(b, 50/span * n * n)` in raster order of a vocabulary of `codes`, n = 96/patch."
-    def __init__(self, codes:int=1024, dim:int=32, width:int=160, fine:int=48, blocks:int=2, patch:int=12, span:int=5, decay:float=.95, dead:float=.5):
+    def __init__(self, codes:int=1024, dim:int=32, width:int=160, fine:int=48, blocks:int=2, patch:int=8, span:int=10, decay:float=.95, dead:float=.5):
         super().__init__()
         if codes > 2**16: raise DataError(f'{codes} words do not fit 16 bits', field='codes', remedy='Use at most 65536')
         self.grid, self.up_by = (50//span, 96//patch, 96//patch), patch//4
@@ -196,16 +195,16 @@ def sample(self:VideoGPT, f:Tensor, rr:Tensor, seeds, temperature:float=1., top_
     u = seeded(seeds, (self.length,), torch.rand).to(f.device)
     return self.tokenizer.cines(self.write(f, rr, u, temperature, top_k, guidance))
 
-# %% ../../nbs/12a_baselines.videogpt.ipynb #d683e72f
+# %% ../../nbs/12a_baselines.videogpt.ipynb #bde61abc
 def videogpt_config(preset:str='demo', seed:int=0) -> dict: # settings of the system
     "Sizes of the tokenizer and of the prior, of their trainings, and how to draw."
-    tokenizer = dict(smoke=dict(codes=64, dim=8, width=32, fine=16, blocks=1, patch=24), demo=dict(codes=1024, dim=32, width=160, fine=48, blocks=2, patch=12),
-                     paper=dict(codes=2048, dim=256, width=240, fine=120, blocks=4, patch=8, decay=.99, dead=1.))[preset]
+    tokenizer = dict(smoke=dict(codes=64, dim=8, width=32, fine=16, blocks=1, patch=24, span=10), demo=dict(codes=1024, dim=32, width=160, fine=48, blocks=2, patch=8, span=10),
+                     paper=dict(codes=2048, dim=256, width=240, fine=120, blocks=4, patch=8, span=5, decay=.99, dead=1.))[preset]
     model = dict(smoke=dict(width=64, depth=1, heads=2), demo=dict(width=256, depth=4, heads=4), paper=dict(width=576, depth=8, heads=4, dropout=.2, attention_dropout=.3))[preset]
     muon = lambda *names: dict(optimizer='muon', by_adamw=names, lr=.02, lr_adamw=2e-3, weight_decay=.01, betas=(.9,.95))
     first = dict(smoke=dict(steps=10, batch=4, warmup=3), demo=dict(steps=400, batch=4, warmup=20), paper=dict(epochs=200, batch=32, lr=7e-4, weight_decay=0., betas=(.9,.999), warmup=0))[preset]
-    then = dict(smoke=dict(steps=20, batch=4, warmup=3, ema=.9), demo=dict(steps=600, batch=4, warmup=30, lr=.01, ema=.98), paper=dict(epochs=200, batch=32, lr=3e-4, weight_decay=0., betas=(.9,.999), warmup=0, ema=0.))[preset]
-    if preset != 'paper': first, then = muon('start.', 'enter', 'to_code', 'leave', 'cuboids', 'time') | first, muon('enter', 'head', 'axes', 'none') | then
+    then = dict(smoke=dict(steps=20, batch=4, warmup=3, ema=.9), demo=dict(steps=500, batch=4, warmup=30, lr=.01, ema=.98), paper=dict(epochs=200, batch=32, lr=3e-4, weight_decay=0., betas=(.9,.999), warmup=0, ema=0.))[preset]
+    if preset != 'paper': first, then = muon('start.', 'enter', 'to_code', 'leave', 'time') | first, muon('enter', 'head', 'axes', 'none') | then
     shared = dict(clip=1., seed=seed, log_every=10)
     return dict(model=model, tokenizer=tokenizer, drop=.1, train=shared | then, tokenizer_train=shared | dict(ema=0.) | first, sampling=dict(temperature=1., top_k=0, guidance=1.))
 

@@ -1,0 +1,61 @@
+"Table 1 and Figure 2 at the smoke preset, each in fresh kernels: what they leave, that they go on where they stopped, and what they refuse."
+import json, os, shutil
+from pathlib import Path
+import pandas as pd
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run of its own with the cohort, encoder and VAE of the smoke preset; removed afterwards."
+    name = f'test-quality-{os.getpid()}'
+    yield ROOT/'runs'/name
+    shutil.rmtree(ROOT/'runs'/name, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_table_1(run, papermill_run):
+    papermill_run('40_generation_quality.ipynb', preset='smoke', run=run.name, systems='crossmodal harmonic')
+    table = pd.read_csv(run/'figures'/'table1.csv', index_col=0)
+    assert len(table) == 6 and table.loc['ECGFlowCMR, harmonic (ours)', ['FID as published', 'FVD as published']].tolist() == [37.28, 14.41]
+    whole = pd.read_csv(run/'figures'/'table1_all.csv', index_col=0)
+    truth, other = 'The true cine through the VAE', 'True cines of other people'
+    assert float(whole.loc['LPIPS (domain)', truth]) < float(whole.loc['LPIPS (domain)', other])
+    assert float(whole.loc['SSIM', truth]) > float(whole.loc['SSIM', other])
+    assert 'not defined' in whole.loc['distances', 'Mean of the training set']
+    assert (whole.loc['copies'].str.contains('not judged')).all(), 'twelve subjects are too few, and the table says so'
+    text = json.loads((run/'figures'/'table1.json').read_text())
+    assert all('trained on' in o for o in text['made_by']['extractors']), 'every score names its extractor'
+
+
+@pytest.mark.slow
+def test_table_1_goes_on_system_by_system(run, papermill_run):
+    kept = sorted((run/'table1').glob('*/verdict-*.json'))
+    before = {o: o.read_bytes() for o in kept}
+    lost = next(o for o in kept if 'harmonic' in o.parent.name)
+    lost.unlink()
+    papermill_run('40_generation_quality.ipynb', preset='smoke', run=run.name, systems='crossmodal harmonic')
+    assert {o: o.read_bytes() for o in kept} == before, 'judged again from the kept cines: the same verdict'
+
+
+@pytest.mark.slow
+def test_ablation_and_noise_scale(run, papermill_run):
+    papermill_run('41_ablation.ipynb', preset='smoke', run=run.name, variants='whole no_ecg vae_per_frame')
+    assert pd.read_csv(run/'figures'/'ablation.csv')['variant'].tolist() == ['everything', 'without ECG', 'VAE for each frame alone']
+    papermill_run('42_noise_scale.ipynb', preset='smoke', run=run.name, alphas='.5 1')
+    table = pd.read_csv(run/'figures'/'noise_scale.csv', index_col=0)
+    assert table.index.tolist() == [.5, 1.] and table['LPIPS'].notna().all()
+
+
+@pytest.mark.parametrize('notebook, params, message', [
+    ('40_generation_quality', dict(systems='videogpt sora'), 'crossmodal'),
+    ('31_baseline_train', dict(system='sora'), 'videogpt'),
+    ('41_ablation', dict(variants='without_heart'), 'no_phase_head'),
+    ('42_noise_scale', dict(alphas='9'), 'from .01 to 5'),
+    ('40_generation_quality', dict(extractors='standard', systems='crossmodal', weights='/nowhere'), 'alexnet')])
+def test_wrong_parameters(run, papermill_run, notebook, params, message):
+    with pytest.raises(PapermillExecutionError) as e: papermill_run(f'{notebook}.ipynb', preset='smoke', run=run.name, **params)
+    assert message in str(e.value)
