@@ -168,18 +168,19 @@ class CardioNets(nn.Module):
         self.buffer.ecg.set_features(pairs.f); self.mean.copy_(pairs.mean); self.spread.copy_(pairs.spread)
         return self
 
-# %% ../../nbs/12c_baselines.cardionets.ipynb #9aa05310
+# %% ../../nbs/12c_baselines.cardionets.ipynb #a9b03f26
 def mar_loss(net:CardioNets, z:Tensor,     # standardised latents `(b, c, 50, 12, 12)`
              f:Tensor, rr:Tensor,          # what is known of the ECGs `(b, 50, features)`, `(b,)` s
              rng:torch.Generator,
              drop:float=.1,                # share of cines without their ECG
              repeats:int=4,                # noise steps for each masked token
+             mask:tuple=(1.,.25,.7),       # of `mask_rate`: centre, spread, least
              by_spread:float=0.,           # 0: channels count alike; 1: by their spread; 2: as their errors in the latent do
             ) -> dict:
     "Mask the same share of tokens in each cine, at random places; the head learns the masked ones."
     x, to = to_tokens(z, net.patch), lambda y: y.to(z.device)
     b, n = x.shape[:2]
-    order, k = to(torch.rand(b, n, generator=rng).argsort(1)), math.ceil(n*mask_rate(rng))
+    order, k = to(torch.rand(b, n, generator=rng).argsort(1)), math.ceil(n*mask_rate(rng, *mask))
     masked, known = order[:,:k], order[:,k:]
     about = take(net.body(x, known, net.buffer(f, rr, to(torch.rand(b, generator=rng) < drop))), masked)
     flat, weight = lambda y: y.flatten(0,1).repeat(repeats, 1), net.spread.flatten()**by_spread
@@ -221,17 +222,17 @@ def sample(self:CardioNets, f:Tensor, rr:Tensor, seeds,   # what is known of the
         x = x.scatter(1, new[...,None].expand(-1, -1, self.d), y.unflatten(0, (-1, k)))
     return to_latents(x, self.patch)*self.spread + self.mean
 
-# %% ../../nbs/12c_baselines.cardionets.ipynb #584bc0fe
+# %% ../../nbs/12c_baselines.cardionets.ipynb #3f227a73
 def cardionets_config(preset:str='demo', seed:int=0) -> dict: # settings of the system
     "Sizes, training and drawing. `paper`: CardioNets' sizes, CPGG's training."
     model = dict(smoke=dict(width=64, encoder=1, decoder=1, heads=4, buffer=4, patch=[10,4,4], head_width=64, head_depth=1, clean=True),
-                 demo=dict(width=192, encoder=4, decoder=4, heads=4, buffer=16, patch=[10,2,2], head_width=256, head_depth=3, clean=True),
+                 demo=dict(width=192, encoder=4, decoder=4, heads=4, buffer=16, patch=[50,2,2], head_width=512, head_depth=3, clean=True),
                  paper=dict(width=768, encoder=12, decoder=12, heads=12, buffer=64, patch=[5,2,2], head_width=1024, head_depth=3, clean=False))[preset]
-    loss = dict(drop=.1) | (dict(repeats=4, by_spread=0.) if preset == 'paper' else dict(repeats=2, by_spread=1.))
+    loss = dict(drop=.1) | (dict(repeats=4, mask=[1.,.25,.7], by_spread=0.) if preset == 'paper' else dict(repeats=2, mask=[1.,.5,.1], by_spread=1.))
     muon = dict(optimizer='muon', by_adamw=('enter','leave','place','mask','queries','none'))
-    train = dict(smoke=dict(steps=8, batch=4, lr=2e-2, lr_adamw=3e-3, warmup=2, ema=.9) | muon, demo=dict(steps=400, batch=8, lr=2e-2, lr_adamw=3e-3, warmup=20, ema=.98) | muon,
+    train = dict(smoke=dict(steps=8, batch=4, lr=2e-2, lr_adamw=3e-3, warmup=2, ema=.9) | muon, demo=dict(steps=500, batch=8, lr=2e-2, lr_adamw=3e-3, warmup=20, ema=.98) | muon,
                  paper=dict(epochs=400, batch=64, lr=8e-4, warmup=46000, ema=.9999))[preset]
-    sampling = dict(smoke=dict(steps=4, denoising=4, guidance=1.), demo=dict(steps=12, denoising=25, guidance=2.), paper=dict(steps=16, denoising=100, guidance=3., ramp=False))[preset]
+    sampling = dict(smoke=dict(steps=4, denoising=4, guidance=1.), demo=dict(steps=18, denoising=25, guidance=2.), paper=dict(steps=16, denoising=100, guidance=3., ramp=False))[preset]
     return dict(model=model, loss=loss, sampling=sampling, train=dict(weight_decay=.01, betas=(.9,.95), clip=1., seed=seed, log_every=10) | train)
 
 def fit_cardionets(pairs:Pairs, config:dict, folder, # settings as `cardionets_config` gives them; the system's own folder

@@ -6,10 +6,9 @@
 __all__ = ['SYSTEMS', 'NAMES', 'SECONDS', 'system_config', 'seconds_of', 'fit_system', 'recipe_settings', 'fit_any', 'cost_of',
            'NearestECG', 'bounds']
 
-# %% ../../nbs/12f_baselines.systems.ipynb #1611da6d
+# %% ../../nbs/12f_baselines.systems.ipynb #fa77173f
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
