@@ -106,7 +106,7 @@ def flops_of(call) -> int: # a function without arguments
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count, torch.no_grad(): call()
     return count.get_total_flops()
 
-# %% ../nbs/15g_judge.ipynb #da17f19d
+# %% ../nbs/15g_judge.ipynb #6dfb989f
 @dataclass
 class Judges:
     "Networks that look at cines, and what they saw of true ones."
@@ -126,6 +126,7 @@ class Judges:
     spaces: dict           # name -> Space of the training cines, and the held-out cines in it: for memorisation
     beats: np.ndarray      # `(n, d)`: the beat extractor's features of the true cines
 
+# %% ../nbs/15g_judge.ipynb #fd3d7ad9
 def sketch_of(extractor, batches, said:dict) -> Sketch: # batches `(b, 50, 96, 96)` in [-1, 1]
     "What stays of a set of cines."
     s = Sketch(extractor, said)
@@ -149,7 +150,7 @@ def published(folder=None) -> tuple: # of the weight files; None: torch's own ->
     "The networks of the literature: LPIPS (AlexNet), FID (Inception of TensorFlow), FVD (I3D). A missing file is an error."
     return standard('lpips-alex', folder), [standard('inception-tf', folder), standard('i3d-features', folder)]
 
-
+# %% ../nbs/15g_judge.ipynb #d5e2421a
 def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractors:str='domain', weights=None) -> tuple: # run; where what is made here is kept; 'domain' or 'standard' -> Judges, Baseline that reads ECGs, what all verdicts rest on
     "All that an experiment needs before it judges: reader, extractors, held-out subjects and their best prediction. Trained if they are not there."
     reader, at = fit_reader(cohort, reader_config(preset, seed), run)

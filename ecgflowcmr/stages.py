@@ -32,7 +32,7 @@ from .amdf import fit_guess, fit_harmonics, flow_loss, guided, loss_weight, sour
 from .bundle import RECIPES, ECGFlowCMR
 from .frames import fit_frames, frame_flow_loss, paper_config, released_config
 
-# %% ../nbs/11e_stages.ipynb #aa048920
+# %% ../nbs/11e_stages.ipynb #d3735040
 def amdf_config(preset:str='demo', seed:int=0) -> dict: # settings of the flow
     "Sizes of the flow of recipe `harmonic`, of its student, and of their trainings."
     model = dict(smoke=dict(width=64, depth=2, components=16), demo=dict(width=256, depth=4, components=64), paper=dict(width=768, depth=12, heads=12, components=128))[preset]
@@ -45,6 +45,7 @@ def amdf_config(preset:str='demo', seed:int=0) -> dict: # settings of the flow
 
 GUIDANCE = 1.  # of recipe `harmonic`: the conditional field itself; see chapter 30
 
+# %% ../nbs/11e_stages.ipynb #6da1a84b
 # What an ablation turns off (chapter 41). A switch that was not touched is not written into the settings: a stage trained before it existed stays what it was.
 SWITCHES = {'pamae.phase_weight':1., 'vae.model.time':True, 'amdf.cycles':'phase', 'amdf.ecg':True, 'amdf.anchor':True, 'amdf.guess':True, 'amdf.measures':True, 'amdf.weighted':True, 'pamae.train.seconds':0, 'vae.train.seconds':0, 'amdf.train.seconds':0}
 
