@@ -28,7 +28,7 @@ from .ecg import DataError
 from .files import atomic_write, digest, plain, read_json, sha256_file, write_json
 from .processes import barrier, everyone, join, main_process, placement, rank, share, world
 
-# %% ../nbs/07_train.ipynb #181c8637
+# %% ../nbs/07_train.ipynb #cdf851b4
 DEFAULTS = dict(
     lr=1e-3,            # the highest learning rate
     warmup=100,         # steps of linear rise to it
@@ -40,6 +40,7 @@ DEFAULTS = dict(
     optimizer='adamw',  # or 'muon', for hidden matrices and convolution kernels
     by_adamw=(),        # muon: pieces of names of matrices that stay with AdamW: inputs, outputs, embeddings
     lr_adamw=None,      # muon: the highest learning rate of what stays with AdamW; `lr` if None
+    slower=(),          # AdamW: pairs (piece of a name, share of the learning rate) for layers that learn slower; the first that fits counts
     ema=.999,           # decay of the running mean of the weights; 0 for none
     precision='fp32',   # or 'bf16'
     seed=0,
@@ -48,7 +49,7 @@ DEFAULTS = dict(
     save_steps=0)       # steps between them, besides; 0 for none
 PRECISION = dict(fp32='32-true', bf16='bf16-mixed')
 
-# %% ../nbs/07_train.ipynb #ad220f7d
+# %% ../nbs/07_train.ipynb #194a080d
 def training_config(config, # the stage's settings
                    ) -> dict: # with the defaults filled in
     "Fill in `DEFAULTS` and refuse what cannot be trained."
@@ -61,6 +62,7 @@ def training_config(config, # the stage's settings
     if isinstance(c['by_adamw'], str): raise DataError('must be a list of texts, not one text', field='by_adamw')
     if c['lr_adamw'] is not None and not 0 <= c['lr_adamw'] < float('inf'): raise DataError(f'must be finite and not negative, not {c["lr_adamw"]}', field='lr_adamw')
     if not 0 <= c['ema'] < 1: raise DataError(f'must lie in [0, 1), not {c["ema"]}', field='ema')
+    if not all(len(o) == 2 and isinstance(o[0], str) and 0 < o[1] <= 1 for o in c['slower']): raise DataError(f'must be pairs of a text and a share from 0 to 1, not {c["slower"]!r}', field='slower')
     for k in ('lr', 'weight_decay', 'clip', 'floor', 'warmup'):
         if not 0 <= c[k] < float('inf'): raise DataError(f'must be finite and not negative, not {c[k]}', field=k)
     return c
@@ -134,14 +136,15 @@ def count_shards(config) -> int: # `batch`, `accumulate`
         raise DataError(f"{config['batch']} items cannot be shared equally by {world()} process{'es'*(world() > 1)} x {config['accumulate']} shards", field='batch', remedy=f'Use a multiple of {shards}')
     return shards
 
-# %% ../nbs/07_train.ipynb #eed7fb8f
+# %% ../nbs/07_train.ipynb #b7575b7e
 def adamw(named,  # name -> parameter
           config, # `lr`, `betas`, `weight_decay`
          ) -> torch.optim.AdamW:
-    "Fused AdamW; no weight decay on parameters of one dimension."
-    many,one = [[p for p in named.values() if (p.ndim > 1) == m] for m in (True, False)]
-    groups = [dict(params=many, weight_decay=config['weight_decay']), dict(params=one, weight_decay=0.)]
-    return torch.optim.AdamW([g for g in groups if g['params']], lr=config['lr'], betas=tuple(config['betas']), fused=True)
+    "Fused AdamW; no weight decay on parameters of one dimension; a group for each share of the learning rate."
+    share_of = lambda name: next((f for k,f in config['slower'] if k in name), 1.)
+    kinds = sorted({(p.ndim <= 1, share_of(k)) for k,p in named.items()})
+    groups = [dict(params=[p for k,p in named.items() if (p.ndim <= 1, share_of(k)) == (one,f)], weight_decay=0. if one else config['weight_decay'], lr=config['lr']*f) for one,f in kinds]
+    return torch.optim.AdamW(groups, lr=config['lr'], betas=tuple(config['betas']), fused=True)
 
 @torch.no_grad()
 def ema_update(ema,    # the mean so far, list of tensors, changed in place
@@ -418,7 +421,7 @@ def log_row(self:Training):
     self.rows.append(','.join([str(self.step), *values])+'\n')
     with open(self.folder/'log.csv', 'a') as f: f.write(self.rows[-1])
 
-# %% ../nbs/07_train.ipynb #b2582311
+# %% ../nbs/07_train.ipynb #7ab91b21
 FREE = ('log_every', 'save_every', 'save_steps')
 
 def essence(config):
@@ -428,7 +431,7 @@ def essence(config):
 
 def asked(config) -> dict:
     "A training's settings without those that came later and are at their default, so that what was written before them still fits."
-    return {k:v for k,v in essence(config).items() if k not in ('accumulate', 'optimizer', 'by_adamw', 'lr_adamw') or v != essence(DEFAULTS)[k]}
+    return {k:v for k,v in essence(config).items() if k not in ('accumulate', 'optimizer', 'by_adamw', 'lr_adamw', 'slower') or v != essence(DEFAULTS)[k]}
 
 def flat(config, at=''): # nested settings with dots
     "'model.width' -> value."
