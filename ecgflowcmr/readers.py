@@ -228,17 +228,16 @@ BODY = '''
 <section id="broken" class="card" hidden><h2>This page cannot be used</h2><p id="why" class="warn"></p></section></main>
 '''.strip()
 
-# %% ../nbs/18_readers.ipynb #28fc0e98
+# %% ../nbs/18_readers.ipynb #815abf21
 SCRIPT_READ = '''
-'use strict';
-const $ = id => document.getElementById(id);
+'use strict'; const $ = id => document.getElementById(id);
 function sha256(s) {                                            // FIPS 180-4, of an ASCII text
   const rot = (x, n) => x >>> n | x << 32 - n, K = [], H = [], part = x => (x - Math.floor(x)) * 2 ** 32 | 0;
   for (let p = 2; K.length < 64; p++) {
     let prime = true; for (let q = 2; q * q <= p; q++) if (p % q === 0) { prime = false; break }
     if (prime) { if (H.length < 8) H.push(part(Math.sqrt(p))); K.push(part(Math.cbrt(p))) } }
   const n = s.length, W = new Int32Array(64), m = new Uint8Array(n + 72 >> 6 << 6), view = new DataView(m.buffer);
-  for (let i = 0; i < n; i++) m[i] = s.charCodeAt(i);
+  for (let i = 0; i < n; i++) m[i] = s.charCodeAt(i)
   m[n] = 128; view.setUint32(m.length - 4, n * 8);
   for (let at = 0; at < m.length; at += 64) {
     let [a, b, c, d, e, f, g, h] = H;
@@ -250,8 +249,7 @@ function sha256(s) {                                            // FIPS 180-4, o
     [a, b, c, d, e, f, g, h].forEach((v, i) => { H[i] = H[i] + v | 0 }) }
   return H.map(v => (v >>> 0).toString(16).padStart(8, '0')).join('') }
 async function unpack(id) {                                     // base64 of a zlib stream -> bytes
-  const coded = atob($(id).textContent.trim()), bytes = new Uint8Array(coded.length);
-  $(id).remove();
+  const coded = atob($(id).textContent.trim()), bytes = new Uint8Array(coded.length); $(id).remove();
   for (let i = 0; i < coded.length; i++) bytes[i] = coded.charCodeAt(i);
   return new Uint8Array(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'))).arrayBuffer()) }
 function undo(x, stride) { for (let i = stride; i < x.length; i++) x[i] += x[i - stride]; return x }   // frames were stored as differences
@@ -413,7 +411,7 @@ def answer_files(folder) -> list: # paths
     if not (files := sorted(p for p in folder.iterdir() if p.suffix.lower() == '.csv')): raise DataError('holds no CSV file', file=folder, field='answers', remedy='Put the files that the page saved there, one for each reader')
     return files
 
-# %% ../nbs/18_readers.ipynb #2ce8b53a
+# %% ../nbs/18_readers.ipynb #b8379699
 def read_file(file, protocol:dict) -> pd.DataFrame: # one reader's CSV -> as text
     "A reader's CSV: columns, protocol and reader checked."
     fault = lambda what, field, remedy: DataError(what, file=Path(file).name, field=field, remedy=remedy)
@@ -426,6 +424,7 @@ def read_file(file, protocol:dict) -> pd.DataFrame: # one reader's CSV -> as tex
     if len(who := sorted(set(t['reader']))) != 1 or not who[0]: raise fault(f'names {len(who)} readers' if who[0] else 'names no reader', 'reader', 'Give each reader a file of their own, with one code')
     return t
 
+# %% ../nbs/18_readers.ipynb #419d045f
 def check_answers(t:pd.DataFrame, protocol:dict, file) -> pd.DataFrame: # of `read_file`; its name
     "Each item once, with an answer, a confidence and seconds that are possible."
     def refuse(bad, column, what, remedy):
