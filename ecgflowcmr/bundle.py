@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'PARTS', 'OURS', 'RECIPES', 'REMEDY', 'part', 'BeatReader', 'ECGFlowCMR', 'light', 'own', 'check_bundle',
            'as_strip']
 
-# %% ../nbs/11a_bundle.ipynb #868b360c
+# %% ../nbs/11a_bundle.ipynb #321b9ee2
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -25,10 +25,10 @@ from .readings import read_strip
 from .build import good_window
 from .train import bf16_is_fast, load_model, pick_device, write_tensors
 from .pamae import CYCLES
-from .amdf import Measures, check_range, euler, guided, source
+from .amdf import Measures, check_range, euler, grain, guided, source
 
-# %% ../nbs/11a_bundle.ipynb #271555c8
-FORMAT = 3                                                      # of the bundle folder
+# %% ../nbs/11a_bundle.ipynb #30d115f2
+FORMAT = 4                                                      # of the bundle folder
 PARTS = ('pamae', 'vae', 'dit', 'harmonics')
 OURS = dict(pamae='pamae:PAMAE', vae='vae:VAE', dit='amdf:DiT', harmonics='amdf:Harmonics')
 RECIPES = dict(harmonic=OURS, paper=OURS | dict(dit='frames:PaperDiT', harmonics='frames:Frames'),
@@ -174,12 +174,18 @@ def beats_of(self:BeatReader, strips, batch:int=32, total:int=None) -> tuple: # 
     flush()
     return tuple(torch.cat(t) for t in zip(*out))
 
-# %% ../nbs/11a_bundle.ipynb #2f7f7725
+# %% ../nbs/11a_bundle.ipynb #5e6086bd
 @patch
 def noise(self:ECGFlowCMR, seeds) -> Tensor:
     "Normal noise, each sample from a seed of its own."
     shape = self.harmonics.mean.shape
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]).to(self.device)
+
+@patch
+def grain(self:ECGFlowCMR, seeds) -> Tensor: # `(b, c, 50, h, w)`
+    "What flickers above the harmonics (chapter 11), each sample's from its seed; other numbers than those of `noise`."
+    c, size, frames = self.harmonics.channels, self.harmonics.mean.shape[-2:], self.harmonics.basis.shape[1]
+    return grain(self.harmonics, torch.stack([torch.randn((c, frames, *size), generator=torch.Generator().manual_seed(int(s) + 2**40)) for s in seeds]).to(self.device))
 
 @patch
 def field_of(self:ECGFlowCMR, f:Tensor, rr:Tensor, steps:int, guidance:float) -> tuple: # velocity, sampler, first guess or 0
@@ -203,7 +209,7 @@ def sample_state(self:ECGFlowCMR, f:Tensor, rr:Tensor, steps:int=None, guidance:
         noise = self.noise(range(len(f)) if seeds is None else seeds)
         return sampler(field, source(noise, first if torch.is_tensor(first) else torch.zeros_like(noise), c.get('alpha_sampling', c['alpha'])), steps)
 
-# %% ../nbs/11a_bundle.ipynb #a0932e4f
+# %% ../nbs/11a_bundle.ipynb #564f741e
 @patch
 @torch.no_grad()
 def picture(self:ECGFlowCMR, z:Tensor) -> Tensor: # `(b, 50, 96, 96)` in [-1, 1]
@@ -214,9 +220,11 @@ def picture(self:ECGFlowCMR, z:Tensor) -> Tensor: # `(b, 50, 96, 96)` in [-1, 1]
 @patch
 @torch.no_grad()
 def sample(self:ECGFlowCMR, f:Tensor, rr:Tensor, # what `read_beat` gives of `b` ECGs
-           steps:int=None, guidance:float=None, seeds=None) -> Tensor: # cines `(b, 50, 96, 96)` in [-1, 1]
+           steps:int=None, guidance:float=None, seeds=None, flicker:bool=True) -> Tensor: # cines `(b, 50, 96, 96)` in [-1, 1]; flicker: with the grain
     "Cines of a batch of heart beats."
-    return self.picture(self.harmonics.back(self.sample_state(f, rr, steps, guidance, seeds).float()))
+    seeds = range(len(f)) if seeds is None else seeds
+    z = self.harmonics.back(self.sample_state(f, rr, steps, guidance, seeds).float())
+    return self.picture(z + self.grain(seeds) if flicker and self.config['recipe'] == 'harmonic' else z)
 
 @patch
 def sample_many(self:ECGFlowCMR, f:Tensor, rr:Tensor, batch:int=8, seed:int=0, **options): # batches of cines

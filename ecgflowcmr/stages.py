@@ -7,7 +7,7 @@ __all__ = ['GUIDANCE', 'SWITCHES', 'ENCODERS', 'amdf_config', 'changed', 'recipe
            'latents', 'beats', 'new_generator', 'training_set', 'set_up', 'train_field', 'many_paths', 'train_student',
            'fit_amdf', 'settings_of', 'pamae_width', 'fit_generator']
 
-# %% ../nbs/11e_stages.ipynb #0a3bcd84
+# %% ../nbs/11e_stages.ipynb #4195151e
 import copy
 import json
 import math
@@ -28,7 +28,7 @@ from .pamae import CYCLES, fit_pamae, pamae_config, cycle_features
 from .resnet_ecg import ResNetECG, middle_cycle_features, released_target, resnet_loss
 from .vae import clips, fit_vae, vae_config, vae_figures
 from .vae_released import Adversary, ReleasedVAE, check_perceptual, released_vae_loss
-from .amdf import fit_guess, fit_harmonics, flow_loss, guided, loss_weight, source, student_loss, waypoints
+from .amdf import fit_grain, fit_guess, fit_harmonics, flow_loss, guided, loss_weight, source, student_loss, waypoints
 from .bundle import RECIPES, ECGFlowCMR
 from .frames import fit_frames, frame_flow_loss, paper_config, released_config
 
@@ -118,7 +118,7 @@ def beats(pamae, cohort, rows, batch:int=32, read=cycle_features) -> tuple: # fe
             out.append([t.cpu() for t in read(pamae, torch.from_numpy(cohort.batch(part, ('ecg',))['ecg']).to(device))])
     return tuple(torch.cat(t) for t in zip(*out))
 
-# %% ../nbs/11e_stages.ipynb #243da1bb
+# %% ../nbs/11e_stages.ipynb #6c9b93e3
 def new_generator(cohort, recipe:str, config:dict, pamae, vae, settings:dict, width:int, names:list) -> ECGFlowCMR:
     "Encoders as they are trained, a field as it begins."
     shape = dict(channels=vae.channels*(2*config['space']['harmonics']+1), measures=len(names), template=vae.channels) if recipe == 'harmonic' else dict(channels=vae.channels)
@@ -128,19 +128,20 @@ def new_generator(cohort, recipe:str, config:dict, pamae, vae, settings:dict, wi
     g.pamae, g.vae = pamae, vae
     return g
 
-def training_set(cohort, recipe:str, pamae, vae, folder, project, cycles:str='phase') -> tuple: # tensors of the training split, note
-    "The cached training set of the flow; `project` makes coefficients of latents."
+def training_set(cohort, recipe:str, pamae, vae, folder, space, cycles:str='phase') -> tuple: # tensors of the training split, note
+    "The cached training set of the flow; `space` makes coefficients of latents, and knows the power of what they leave."
     path, rows = Path(folder)/'cache.safetensors', cohort.index('train')
     if not path.exists():
         f, rr, count = beats(pamae, cohort, rows, read=middle_cycle_features if recipe == 'released' else CYCLES[cycles])
         ok = count > 0
         if ok.sum() < 2: raise DataError(f'a complete heart beat was found in only {int(ok.sum())} of {len(rows)} training strips', file=cohort.folder, field='cardiac phase', remedy='Train the encoder longer')
-        raw = torch.cat([project(z).half() for z in latents(vae, cohort, rows[ok.numpy()])])
+        stream = latents(vae, cohort, rows[ok.numpy()]); left = dict(grain=space.grain) if recipe == 'harmonic' else {}
+        raw = torch.cat([space.project(z).half() for z in (fit_grain(space, stream) if left else stream)])
         table = ecg_features(cohort, Path(folder).parent).iloc[rows[ok.numpy()]]
-        write_tensors(path, dict(raw=raw, f=f[ok], rr=rr[ok], printed=torch.from_numpy(table.to_numpy('f4'))), left_out=str(int((~ok).sum())))
+        write_tensors(path, dict(raw=raw, f=f[ok], rr=rr[ok], printed=torch.from_numpy(table.to_numpy('f4')), **left), left_out=str(int((~ok).sum())))
     return read_tensors(path, 'Delete the file: it is made again')
 
-# %% ../nbs/11e_stages.ipynb #dfbc4721
+# %% ../nbs/11e_stages.ipynb #22e2030a
 @torch.no_grad()
 def set_up(g:ECGFlowCMR, cache:dict, config:dict):
     "Space, numbers of the machine, first guess and feature scale from the training set; `cache` gains `x1` and what the field is told."
@@ -150,7 +151,7 @@ def set_up(g:ECGFlowCMR, cache:dict, config:dict):
         fit_frames(space, batches)
         if hasattr(g.dit.ecg, 'mean'): g.dit.ecg.mean.copy_(cache['f'].mean(0)); g.dit.ecg.std.copy_(cache['f'].std(0).clamp(min=1e-3))
     else:
-        fit_harmonics(space, batches, config.get('anchor', True))
+        fit_harmonics(space, batches, config.get('anchor', True)); space.grain.copy_(cache.pop('grain'))
         said = g.measures.fit(cache['printed'])(cache['printed']) if config.get('measures', True) else cache['printed'][:,:0]
         cache['f'] = torch.cat([cache['f'], said[:,None].expand(-1, 50, -1)], 2)
         g.dit.ecg.set_features(cache['f'])
@@ -198,7 +199,7 @@ def train_student(g:ECGFlowCMR, cache:dict, config:dict, folder, device:str):
     g.student, g.config['student'] = student.cpu(), c['steps']
     g.student.ecg = g.dit.ecg
 
-# %% ../nbs/11e_stages.ipynb #b3044afd
+# %% ../nbs/11e_stages.ipynb #cc2da598
 def fit_amdf(cohort, config:dict, run, pamae:tuple, vae:tuple, device:str='auto') -> tuple: # generator, folder
     "Train, resume or load the flow of a run and its student; `pamae` and `vae` are what their stages returned. The folder holds the bundle."
     recipe, upstream = config['recipe'], {k:sha256_file(f/'model.safetensors') for k,(_,f) in dict(pamae=pamae, vae=vae).items()}
@@ -208,7 +209,7 @@ def fit_amdf(cohort, config:dict, run, pamae:tuple, vae:tuple, device:str='auto'
     settings = {k: settings_of(f) for k,(_,f) in dict(pamae=pamae, vae=vae).items()}
     names = list(ecg_features(cohort, folder.parent).columns) if recipe == 'harmonic' and config.get('measures', True) else []
     g = new_generator(cohort, recipe, config, pamae[0], vae[0], settings, pamae_width(pamae[0]), names)
-    with main_first(): cache, note = training_set(cohort, recipe, pamae[0], vae[0], folder, g.harmonics.project, config.get('cycles', 'phase'))
+    with main_first(): cache, note = training_set(cohort, recipe, pamae[0], vae[0], folder, g.harmonics, config.get('cycles', 'phase'))
     set_up(g, cache, config)
     train_field(g, cache, config, folder, device)
     if config.get('student'): train_student(g, cache, config, folder, device)
