@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Held', 'held_out', 'best_prediction', 'draw', 'as_cines', 'seconds_a_cine', 'flops_of', 'Judges', 'sketch_of',
            'make_judges', 'published', 'bench', 'judge', 'figures_of', 'memorised', 'unseen_figures', 'keep_verdict',
-           'verdict_of']
+           'verdict_of', 'known_beats', 'without_gaps', 'figure_name', 'figure_table']
 
 # %% ../nbs/15g_judge.ipynb #992b2c8f
 import time
@@ -220,3 +220,24 @@ def verdict_of(j:Judges, stored:np.ndarray, folder, made_of:dict, seed:int=0, **
     "The kept verdict on kept cines, or a new one."
     name = f'verdict-{digest(made_of, 8)}'; file = Path(folder)/f'{name}.json'
     return read_json(file) if file.exists() else keep_verdict(folder, name, *judge(j, stored, seed), made_of=made_of, **about)
+
+# %% ../nbs/15g_judge.ipynb #6737d558
+def known_beats(generator, cohort, rows) -> tuple: # a generator with `beats_of`; rows of the cohort -> features `(n, 50, d)`, beat length `(n,)` s, strips without a beat
+    "What a generator's own encoder knows of strips."
+    f, rr, count = generator.beats_of((cohort.ecg[i] for i in rows), total=len(rows))
+    return without_gaps(f, rr, (count == 0) | ~rr.isfinite() | ~f.isfinite().all(-1).all(-1))
+
+def without_gaps(f:Tensor, rr:Tensor, lost:Tensor) -> tuple: # lost: `(n,)` bool -> the same, the lost ones average; their number
+    "Average features for strips without a beat."
+    if lost.all(): raise DataError('its encoder found a beat in none of the held-out strips', field='cardiac phase', remedy='Train it longer')
+    f, rr = f.clone(), rr.clone(); f[lost], rr[lost] = f[~lost].mean(0), rr[~lost].median()
+    return f, rr, int(lost.sum())
+
+def figure_name(figures:dict, what:str) -> str: # of a verdict; FID, FVD, LPIPS or a whole name -> name, or '' if there is none
+    "The whole name of a figure."
+    if what in figures: return what
+    return next((k for k in figures if k.startswith(what) and ('bias removed' in k) == (what != 'LPIPS') and 'floor' not in k and not k.endswith((': low',': high'))), '')
+
+def figure_table(verdicts:dict, names) -> pd.DataFrame: # row -> verdict; short names -> columns `name`, `name: low`, `name: high`; NaN where a verdict has none
+    "Some figures of several verdicts, with their intervals."
+    return pd.DataFrame({row:{f'{m}{w}':v['figures'].get(f"{figure_name(v['figures'], m)}{w}", np.nan) for m in names for w in ('',': low',': high')} for row,v in verdicts.items()}).T.astype(float)
