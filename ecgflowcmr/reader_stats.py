@@ -20,14 +20,14 @@ from statsmodels.stats.inter_rater import cohens_kappa, fleiss_kappa
 from .ecg import DataError
 from .stats import Comparison, Interval, auc_parts, gaussian, interval_text, mcnemar_test, p_text, range_text, short, stars, two_sided, wilson_interval
 
-# %% ../nbs/18a_reader_stats.ipynb #4c9243f2
+# %% ../nbs/18a_reader_stats.ipynb #6c58d4fc
 @dataclass(frozen=True)
 class Pooled(Interval):
     "A figure of several readers, readers and cases as random; `p` tests it against `null`, two-sided."
     se:float=np.nan; df:float=np.inf; null:float=np.nan; statistic:float=np.nan; p:float=np.nan; readers:int=0
     def __str__(self):
         out = f'{self.name} {interval_text(self.value, self.low, self.high, self.level)}, {self.readers} reader{"s"*(self.readers != 1)}, {self.n} cases'.strip()
-        if np.isfinite(self.null): out += f'; against {short(self.null, 2)}: ' + ('' if np.isnan(self.statistic) else f't({self.df:.0f}) = {short(self.statistic, 2)}, ' if np.isfinite(self.df) else f'z = {short(self.statistic, 2)}, ') + f'{p_text(self.p)} {stars(self.p)}'.strip()
+        if np.isfinite(self.null): out += f'; against {short(self.null, 2)}: ' + ('' if np.isnan(self.statistic) else f't({self.df:.0f}) = {short(self.statistic, 2)}, ' if self.df < 1000 else f'z = {short(self.statistic, 2)}, ') + f'{p_text(self.p)} {stars(self.p)}'.strip()
         return out + (f'; {self.note}' if self.note else '')
 
 def off_diagonal(cov:np.ndarray) -> float: # `(r, r)`
@@ -45,7 +45,7 @@ def pooled_figure(theta:np.ndarray, # `(r,)` a figure of each reader
     reach = se*(stdtrit(df, .5+level/2) if np.isfinite(df) else gaussian(level)); t = (value-null)/se if se > 1e-12 else 0. if value == null else np.nan
     return Pooled(value, max(0., value-reach), min(1., value+reach), name, 'Obuchowski-Rockette, Hillis df', level, n, '' if r > 1 else 'one reader: only the cases are random', float(se), float(df), null, float(t), two_sided(t, df) if t == t else np.nan, r)
 
-# %% ../nbs/18a_reader_stats.ipynb #34b091d5
+# %% ../nbs/18a_reader_stats.ipynb #abcc0e03
 @dataclass(frozen=True)
 class MRMC(Comparison):
     "Difference of two conditions in a multi-reader multi-case study; `statistic` is t with `df`."
@@ -62,8 +62,8 @@ def mrmc_difference(theta:np.ndarray, # `(2, r)` figure of each reader under bot
         ms = float((theta[0]-theta[1]).var(ddof=1)/2); below = ms + max(r*(cov2-cov3), 0.); df = below**2/(ms**2/(r-1)) if ms > 1e-15 else np.inf; se = np.sqrt(2*below/r)
     else: df, se = np.inf, np.sqrt(cov[0,0] + cov[1,1] - 2*cov[0,1])
     t = d/se if se > 1e-12 else 0. if abs(d) < 1e-12 else np.nan; reach = se*(stdtrit(df, .5+level/2) if np.isfinite(df) else gaussian(level))
-    note = '' if r > 1 else 'one reader: only the cases are random'
-    return MRMC(float(theta[0].mean()), float(theta[1].mean()), d, (max(-1., d-reach), min(1., d+reach)), float(t), two_sided(t, df) if t == t else np.nan, name, 'Obuchowski-Rockette, Hillis df', f't({df:.0f})' if np.isfinite(df) else 'z', level, note, float(df), float(se), (cov1, cov2, cov3), r, n)
+    note = '; '.join(['one reader: only the cases are random']*(r == 1) + ['every reader is right on the same cases under both: the variance is 0']*bool(se <= 1e-12))
+    return MRMC(float(theta[0].mean()), float(theta[1].mean()), d, (max(-1., d-reach), min(1., d+reach)), float(t), two_sided(t, df) if t == t else np.nan, name, 'Obuchowski-Rockette, Hillis df', f't({df:.0f})' if df < 1000 else 'z', level, note, float(df), float(se), (cov1, cov2, cov3), r, n)
 
 # %% ../nbs/18a_reader_stats.ipynb #3344fdfc
 @dataclass

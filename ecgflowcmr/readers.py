@@ -255,7 +255,7 @@ async function unpack(id) {                                     // base64 of a z
 function undo(x, stride) { for (let i = stride; i < x.length; i++) x[i] += x[i - stride]; return x }   // frames were stored as differences
 '''.strip()
 
-# %% ../nbs/18_readers.ipynb #f9305d1b
+# %% ../nbs/18_readers.ipynb #8b238095
 SCRIPT_KEEP = '''
 const P = JSON.parse($('protocol').textContent), HASH = sha256($('protocol').textContent), ITEMS = P.sessions.flatMap((s, k) => s.items.map(i => ({ ...i, session: k })));
 const COLUMNS = ['reader', 'session', 'item', 'answer', 'confidence', 'seconds', 'answered', 'protocol'];
@@ -269,7 +269,7 @@ function opens(session) {                                       // when a sessio
   const before = ITEMS.filter(i => i.session < session).map(i => Date.parse(answers[i.id].answered));
   return before.reduce((a, b) => Math.max(a, b), 0) + P.washout_days * 864e5 }
 function csv() {
-  const rows = ITEMS.filter(i => answers[i.id]).map(i => { const a = answers[i.id]; return [reader, i.session + 1, i.id, a.answer, a.confidence, a.seconds.toFixed(1), a.answered, HASH.slice(0, 16)].join(',') });
+  const rows = ITEMS.filter(i => answers[i.id]).map(i => { const a = answers[i.id]; return [reader, i.session + 1, i.id, a.answer, a.confidence, a.seconds.toFixed(2), a.answered, HASH.slice(0, 16)].join(',') });
   return COLUMNS.join(',') + '\\r\\n' + rows.map(r => r + '\\r\\n').join('') }
 function save() {
   const a = document.createElement('a'); a.href = URL.createObjectURL(new Blob([csv()], { type: 'text/csv' }));
@@ -446,7 +446,7 @@ def check_washout(t:pd.DataFrame, days:float, file):
         gap = (t.loc[t['session'] == s, 'answered'].min() - t.loc[t['session'] == s-1, 'answered'].max())/pd.Timedelta(days=1)
         if gap < days - 1e-6: raise DataError(f'session {s} began {gap:.1f} days after session {s-1} ended; the wash-out is {days:g} days', file=Path(file).name, field='answered', remedy='Leave this reader out, or let the session be read again after the wash-out')
 
-# %% ../nbs/18_readers.ipynb #882f5fe6
+# %% ../nbs/18_readers.ipynb #a33da9e6
 def read_answers(answers, # folder of the readers' CSV files
                  study,   # folder with protocol.json and key.json
                 ) -> pd.DataFrame: # a row an answer: reader, session, item, answer, confidence, seconds, answered, truth, condition, case, repeat_of, right, score
@@ -462,5 +462,5 @@ def read_answers(answers, # folder of the readers' CSV files
 
 def write_answers(path, reader:str, protocol:dict, answers:dict): # item -> (answer, confidence 1 to 5, seconds)
     "A reader's CSV as the page would write it, without times of day; for machine readers."
-    rows = [(reader, k+1, i['id'], *answers[i['id']][:2], f"{answers[i['id']][2]:.1f}", '', protocol_hash(protocol)[:16]) for k,s in enumerate(protocol['sessions']) for i in s['items']]
+    rows = [(reader, k+1, i['id'], *answers[i['id']][:2], f"{answers[i['id']][2]:.2f}", '', protocol_hash(protocol)[:16]) for k,s in enumerate(protocol['sessions']) for i in s['items']]
     with atomic_write(path) as tmp: pd.DataFrame(rows, columns=COLUMNS).to_csv(tmp, index=False, lineterminator='\r\n')
