@@ -12,6 +12,8 @@
 #   snakemake --cores 2 baselines                        # the systems of Table 1, trained (31); not part of `all`
 #   snakemake --cores 2 table1                           # Table 1 and Figure 3 (40); trains the systems first
 #   snakemake --cores 2 ablation noise_scale             # Figure 2(a) and 2(b) (41, 42)
+#   snakemake --cores 2 table2 table3 table4             # what synthetic cines are good for (50, 51, 52): jobs of method x task x folds, side by side
+#   snakemake --cores 2 table2 --config systems="harmonic videogpt" ratios="100 200 300"   # whose cines, how many per cent
 #   snakemake --cores 2 real_ecgs                        # a page of real ECGs; of the files that ECGFLOWCMR_FIXTURES names
 #   snakemake --cores 2 cost                             # what the full run would cost
 #   snakemake --cores 2 benchmarks_generator             # how fast the generator is, on a GPU if there is one; on a quiet machine
@@ -28,8 +30,8 @@ TABLE_KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset
 BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
 PROCESSES = int(config.get("processes", 1))
 MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
-if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "settings", "processes"}:
-    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes")
+if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "settings", "processes", "systems", "ratios", "sizes"}:
+    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes; of tables 2 to 4: systems, ratios, sizes")
 
 
 def code(notebook):
@@ -200,6 +202,72 @@ rule noise_scale:
     resources: gpu=1
     params: TABLE_KNOBS
     shell: "papermill nbs/42_noise_scale.ipynb {params}"
+
+# Tables 2 to 4. The generators come first; then an encoder for each method, with its phenotypes; then the folds.
+DRAWERS, RATIOS = str(config.get("systems", "harmonic")).split(), str(config.get("ratios", "100 300")).split()
+ROWS = {k.replace(":", "-"): k for k in ["vit", "mae_real", *(f"mae_real_longer:{max(map(int, RATIOS))}" for _ in RATIOS[:1]), *(f"mae_synthetic:{s}:{r}" for s in DRAWERS for r in RATIOS)]}
+FOLDS = {"a": "1 2", "b": "3 4 5"}
+WARD = {"a": "1 2", "b": "3"} if config["preset"] == "smoke" else FOLDS
+STUDY = TABLE_KNOBS + (f" -p settings {shlex.quote(str(config['sizes']))}" if config.get("sizes") else "")
+ALL_ROWS = f"-p systems {shlex.quote(' '.join(DRAWERS))} -p ratios {shlex.quote(' '.join(RATIOS))}"
+JOB = f"runs/{RUN}/jobs/"
+
+rule drawer:
+    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output
+    output: touch(JOB + "system-{drawer}.done")
+    threads: 2
+    resources: gpu=PROCESSES
+    params: TABLE_KNOBS
+    shell: MANY + f"papermill nbs/31_baseline_train.ipynb {JOB}31_{{wildcards.drawer}}.ipynb -p system {{wildcards.drawer}} {{params}}"
+
+def drawer_of(wildcards):
+    "The generator that a method needs: its output file, or nothing."
+    part = ROWS[wildcards.row].split(":")
+    return [f"{JOB}system-{part[1]}.done"] if len(part) == 3 else []
+
+rule encoder:
+    input: code("51_phenotype_prediction"), drawer_of
+    output: touch(JOB + "phenotypes-{row}.done")
+    resources: gpu=1
+    params: row=lambda w: ROWS[w.row], knobs=STUDY
+    shell: f"papermill nbs/51_phenotype_prediction.ipynb {JOB}51_{{wildcards.row}}.ipynb -p table False -p methods {{params.row}} {{params.knobs}}"
+
+rule disease_folds:
+    input: code("50_disease_classification"), JOB + "phenotypes-{row}.done"
+    output: touch(JOB + "disease-{row}-{disease}-{part}.done")
+    wildcard_constraints: disease="cad|cm|hf", part="[ab]"
+    resources: gpu=1
+    params: row=lambda w: ROWS[w.row], folds=lambda w: FOLDS[w.part], knobs=STUDY
+    shell: f"papermill nbs/50_disease_classification.ipynb {JOB}50_{{wildcards.row}}_{{wildcards.disease}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p diseases {{wildcards.disease}} -p folds '{{params.folds}}' {{params.knobs}}"
+
+rule hospital_folds:
+    input: code("52_external_validation"), JOB + "phenotypes-{row}.done"
+    output: touch(JOB + "hospital-{row}-{part}.done")
+    wildcard_constraints: part="[ab]"
+    resources: gpu=1
+    params: row=lambda w: ROWS[w.row], folds=lambda w: WARD[w.part], knobs=STUDY
+    shell: f"papermill nbs/52_external_validation.ipynb {JOB}52_{{wildcards.row}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p folds '{{params.folds}}' {{params.knobs}}"
+
+rule table2:
+    input: code("50_disease_classification"), expand(JOB + "disease-{row}-{disease}-{part}.done", row=ROWS, disease=["cad", "cm", "hf"], part=FOLDS)
+    output: f"runs/{RUN}/table2/done.json"
+    log: f"runs/{RUN}/50_disease_classification.ipynb"
+    params: STUDY + " " + ALL_ROWS
+    shell: "papermill nbs/50_disease_classification.ipynb {params}"
+
+rule table3:
+    input: code("51_phenotype_prediction"), expand(JOB + "phenotypes-{row}.done", row=ROWS)
+    output: f"runs/{RUN}/table3/done.json"
+    log: f"runs/{RUN}/51_phenotype_prediction.ipynb"
+    params: STUDY + " " + ALL_ROWS
+    shell: "papermill nbs/51_phenotype_prediction.ipynb {params}"
+
+rule table4:
+    input: code("52_external_validation"), expand(JOB + "hospital-{row}-{part}.done", row=ROWS, part=WARD)
+    output: f"runs/{RUN}/table4/done.json"
+    log: f"runs/{RUN}/52_external_validation.ipynb"
+    params: STUDY + " " + ALL_ROWS
+    shell: "papermill nbs/52_external_validation.ipynb {params}"
 
 rule real_ecgs:
     input: code("36_real_ecgs"), rules.amdf.output
