@@ -14,6 +14,7 @@
 #   snakemake --cores 2 ablation noise_scale             # Figure 2(a) and 2(b) (41, 42)
 #   snakemake --cores 2 table2 table3 table4             # what synthetic cines are good for (50, 51, 52): jobs of method x task x folds, side by side
 #   snakemake --cores 2 table2 --config systems="harmonic videogpt" ratios="100 200 300"   # whose cines, how many per cent
+#   snakemake --cores 2 turing_test reader_study         # pages for readers, and what machine readers say (43, 66); answers of people: type the notebook's own line
 #   snakemake --cores 2 real_ecgs                        # a page of real ECGs; of the files that ECGFLOWCMR_FIXTURES names
 #   snakemake --cores 2 cost                             # what the full run would cost
 #   snakemake --cores 2 benchmarks_generator             # how fast the generator is, on a GPU if there is one; on a quiet machine
@@ -27,6 +28,7 @@ config.setdefault("preset", "demo")
 RUN = str(config.get("run") or config["preset"])
 KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed", "settings") if config.get(k, "") != "")
 TABLE_KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "cohort", "run", "seed") if config.get(k, "") != "")   # all recipes are rows of the table
+READ = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") != "")   # chapters that take no `settings`
 BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
 PROCESSES = int(config.get("processes", 1))
 MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
@@ -268,6 +270,24 @@ rule table4:
     log: f"runs/{RUN}/52_external_validation.ipynb"
     params: STUDY + " " + ALL_ROWS
     shell: "papermill nbs/52_external_validation.ipynb {params}"
+
+rule turing_test:
+    input: code("43_turing_test"), rules.amdf.output
+    output: f"runs/{RUN}/turing/done.json"
+    log: f"runs/{RUN}/43_turing_test.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: READ
+    shell: "papermill nbs/43_turing_test.ipynb {params}"
+
+rule reader_study:
+    input: code("66_reader_study"), rules.amdf.output
+    output: f"runs/{RUN}/reader_study/done.json"
+    log: f"runs/{RUN}/66_reader_study.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: READ
+    shell: "papermill nbs/66_reader_study.ipynb {params}"
 
 rule real_ecgs:
     input: code("36_real_ecgs"), rules.amdf.output
