@@ -217,7 +217,5 @@ def test_reader_study(run, cohort, papermill_run):
     assert len(key) == 18 and len({k['case'] for k in key.values()}) == 6
 
 
-@pytest.mark.parametrize('notebook, params, message', [('43_turing_test', dict(n=400), 'at most'), ('43_turing_test', dict(margin=2.), 'margin'), ('66_reader_study', dict(washout=-1.), 'washout')])
-def test_wrong_parameters(run, cohort, papermill_run, notebook, params, message):
-    with pytest.raises(PapermillExecutionError) as e: papermill_run(f'{notebook}.ipynb', preset='smoke', run=run.name, cohort=str(cohort), bundle='shipped', **params)
-    assert message in str(e.value)
+def test_more_cines_than_there_are(run, cohort, papermill_run):
+    with pytest.raises(PapermillExecutionError, match='Ask for at most'): papermill_run('43_turing_test.ipynb', preset='smoke', run=run.name, cohort=str(cohort), bundle='shipped', n=400)
