@@ -175,10 +175,10 @@ def outputs(m, cines:Cines, batch:int=32) -> Tensor: # a `Tuned`, or its best st
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device.type)): out.append(say(to_unit(cines[np.arange(a, min(a+batch, len(cines)))]).to(device)).float().cpu())
     return torch.cat(out)
 
-# %% ../nbs/14b_tasks.ipynb #c074296a
+# %% ../nbs/14b_tasks.ipynb #97e13561
 def tune_config(preset:str='demo', seed:int=0, many:bool=False) -> dict: # many: for a regression on thousands
     "Settings of fine-tuning; `decay`: share of the learning rate from each block to the one below."
-    own = dict(smoke=dict(epochs=2, batch=8, lr=1e-3), demo=dict(epochs=10, batch=16, lr=1e-3), paper=dict(epochs=100, batch=128 if many else 32, lr=1e-4))[preset]
+    own = dict(smoke=dict(epochs=2, batch=8, lr=1e-3), demo=dict(epochs=30, batch=16, lr=1e-3), paper=dict(epochs=100, batch=128 if many else 32, lr=1e-4))[preset]
     return dict(decay=.75, weight_decay=.05, betas=(.9,.999), clip=1., ema=0., warmup=.1, seed=seed, log_every=20) | own
 
 def tuning(config:dict, n:int, depth:int, fresh:bool) -> dict: # training items; blocks; begins at random -> settings for `fit`
