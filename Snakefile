@@ -15,6 +15,7 @@
 #   snakemake --cores 2 table2 table3 table4             # what synthetic cines are good for (50, 51, 52): jobs of method x task x folds, side by side
 #   snakemake --cores 2 table2 --config systems="harmonic videogpt" ratios="100 200 300"   # whose cines, how many per cent
 #   snakemake --cores 2 turing_test reader_study         # pages for readers, and what machine readers say (43, 66); answers of people: type the notebook's own line
+#   snakemake --cores 2 paper                            # all tables and figures beside the papers' numbers (90)
 #   snakemake --cores 2 real_ecgs                        # a page of real ECGs; of the files that ECGFLOWCMR_FIXTURES names
 #   snakemake --cores 2 cost                             # what the full run would cost
 #   snakemake --cores 2 benchmarks_generator             # how fast the generator is, on a GPU if there is one; on a quiet machine
@@ -305,3 +306,11 @@ rule cost:
     threads: 1
     params: KNOBS
     shell: "papermill nbs/96_cost.ipynb {params}"
+
+rule paper:   # everything beside the published numbers
+    input: code("90_paper"), rules.table1.output, rules.ablation.output, rules.noise_scale.output, rules.turing_test.output, rules.table2.output, rules.table3.output, rules.table4.output
+    output: f"runs/{RUN}/paper/done.json"
+    log: f"runs/{RUN}/90_paper.ipynb"
+    threads: 1
+    params: " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
+    shell: "papermill nbs/90_paper.ipynb {params}"
