@@ -8,7 +8,7 @@ __all__ = ['Layout', 'grids', 'quads', 'token_places', 'fullest', 'packed', 'bes
            'recall_at', 'Stream', 'TwoStreams', 'hidden_error', 'mim_loss', 'to_images', 'both_views', 'swin_config',
            'warmed', 'swin_figures', 'fit_swin']
 
-# %% ../../nbs/13a_cardiacnets.swin.ipynb #aa4b95df
+# %% ../../nbs/13a_cardiacnets.swin.ipynb #41dfbc69
 from collections import namedtuple
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ..ecg import DataError
-from ..layers import Block, mlp
+from ..layers import Block, mlp, sinusoid
 from ..pace import length
 from ..train import fit, finish_stage, finished, load_stage, stage_folder, waiting
 
@@ -188,14 +188,15 @@ def recall_at(sim:Tensor, k=(1,5,10)) -> dict: # similarities `(n, n)`, the righ
     better = (sim > sim.diagonal()[:,None]).sum(1); ties = (sim == sim.diagonal()[:,None]).sum(1) - 1
     return {o:float((better + ties < o).float().mean()) for o in k}     # a tie counts as lost
 
-# %% ../../nbs/13a_cardiacnets.swin.ipynb #9a2583a6
+# %% ../../nbs/13a_cardiacnets.swin.ipynb #8f2f0bcc
 class Stream(nn.Module):
     "A Swin and the decoder that paints what it did not see."
     def __init__(self, swin:dict, decoder:dict, channels:int=50):
         super().__init__()
         self.swin = Swin(channels=channels, **swin); d = decoder['width']; self.unit = self.swin.patch << self.swin.levels
         self.enter, self.mask_token = nn.Linear(self.swin.width, d), nn.Parameter(torch.zeros(d))
-        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(self.swin.side**2, d), std=.02))
+        n = torch.arange(self.swin.side**2)
+        self.position = nn.Parameter(torch.cat([sinusoid(n//self.swin.side, d//2, 50.), sinusoid(n % self.swin.side, d//2, 50.)], -1))   # row and column, to begin with
         self.blocks = nn.ModuleList(Block(d, decoder['heads']) for _ in range(decoder['depth']))
         self.leave = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, channels*self.unit**2))
 
@@ -250,13 +251,14 @@ def both_views(cohort, rows=None) -> np.ndarray: # row numbers, None: all -> the
         if empty: raise DataError(f'{empty} of {len(rows)} subjects have an empty {name} cine', file=cohort.folder, field=v, remedy='CardiacNets needs both views of everybody: leave these subjects out when the cohort is built (chapter 06b)')
     return rows
 
-# %% ../../nbs/13a_cardiacnets.swin.ipynb #23447658
+# %% ../../nbs/13a_cardiacnets.swin.ipynb #411bf232
 def swin_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # settings of the stage
     "Sizes of the streams and of their training."
     if recipe not in ('paper','released'): raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use paper or released')
     swin = dict(smoke=dict(size=56, width=32, depths=[2,2], heads=[2,4]), demo=dict(size=112, width=48, depths=[2,2,2], heads=[3,6,12]), paper=dict(size=224, width=128, depths=[2,2,18,2], heads=[4,8,16,32]))[preset]
-    decoder = dict(smoke=dict(width=64, depth=1, heads=4), demo=dict(width=128, depth=1, heads=4), paper=dict(width=512, depth=1, heads=16))[preset]
-    train = dict(smoke=dict(epochs=3, warmup_epochs=1, batch=8, lr=1e-3), demo=dict(epochs=20, warmup_epochs=2, batch=16, lr=1e-3), paper=dict(epochs=400, warmup_epochs=40, batch=32, lr=1e-4))[preset]
+    decoder = dict(smoke=dict(width=128, depth=1, heads=4), demo=dict(width=128, depth=1, heads=4), paper=dict(width=512, depth=1, heads=16))[preset]
+    muon = dict(optimizer='muon', by_adamw=('embed','enter','leave','join','mask_token','position','bias'))
+    train = dict(smoke=dict(epochs=3, warmup_epochs=1, batch=8, lr=2e-2, lr_adamw=4e-3) | muon, demo=dict(epochs=20, warmup_epochs=2, batch=16, lr=1e-2, lr_adamw=2e-3) | muon, paper=dict(epochs=400, warmup_epochs=40, batch=32, lr=1e-4))[preset]
     return dict(model=dict(swin=swin, decoder=decoder), mask=.75 if recipe == 'paper' else .5, normalised=False, temperature=.1, weight=1.,
                 train=dict(weight_decay=.05, betas=(.9,.95), clip=1., ema=0., seed=seed, log_every=10) | train)
 
