@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE2', 'TABLE3', 'TABLE4', 'PUBLISHED', 'CONTROLS', 'LINES', 'COLOURS', 'published', 'as_published', 'audited',
            'audit_line', 'methods_of', 'folds_of', 'study_config', 'synthetic_for', 'run_study', 'out_of_fold',
-           'margin', 'binary_row', 'classes_row', 'against', 'classifier_table', 'phenotype_table', 'ratio_axes',
-           'speed_table']
+           'margin', 'binary_row', 'classes_row', 'against', 'control_of', 'with_holm', 'parted', 'classifier_table',
+           'phenotype_table', 'ratio_axes', 'speed_table']
 
 # %% ../nbs/16b_study.ipynb #06e0e91d
 from pathlib import Path
@@ -181,7 +181,21 @@ def against(task:Task, said:list, reference:list): # -> `DeLong`
     items, a, fold = out_of_fold(task, said); _, b, _ = out_of_fold(task, reference); y = task.y[items]
     return fold_test(y, margin(a), margin(b), fold) if len(task.names) == 2 else macro_test(y, softmax(a, 1), softmax(b, 1))
 
-# %% ../nbs/16b_study.ipynb #0dbe1c72
+# %% ../nbs/16b_study.ipynb #61d14535
+def control_of(m:Method, keys): # -> key of the method that trained as long on real cines alone, or None
+    "The control of a row with drawn or altered cines."
+    key = f'mae_real_longer:{m.ratio}'
+    return key if m.kind in ('mae_synthetic','mae_real_augmented') and key in keys else None
+
+def with_holm(rows) -> pd.DataFrame: # of dicts
+    "A table with p values adjusted, those of each question together."
+    out = pd.DataFrame(rows)
+    for p in [c for c in ('p','over control: p') if c in out]: out[f'{p} (Holm)'] = adjusted(out[p].to_numpy(float))
+    return out
+
+def parted(d, name:str='difference', p:str='p') -> dict: # a `DeLong` or `Comparison`
+    return {name:d.difference, f'{name}: low':d.interval[0], f'{name}: high':d.interval[1], p:d.p}
+
 def classifier_table(tasks, methods, said:dict, table:str, reference:str='mae_real') -> pd.DataFrame: # 'table2', 'table4': whose published numbers stand beside
     "A row for each method and task."
     rows = []
@@ -189,12 +203,12 @@ def classifier_table(tasks, methods, said:dict, table:str, reference:str='mae_re
         for m in methods:
             row = dict(method=m.key, name=str(m), task=t.name) | (binary_row if len(t.names) == 2 else classes_row)(t, said[m.key, t.name])
             if reference in {o.key for o in methods} and m.key != reference:
-                d = against(t, said[m.key, t.name], said[reference, t.name]); row |= {'difference':d.difference, 'difference: low':d.interval[0], 'difference: high':d.interval[1], 'p':d.p}
+                row |= parted(against(t, said[m.key, t.name], said[reference, t.name]))
+            if control := control_of(m, {o.key for o in methods}): row |= parted(against(t, said[m.key, t.name], said[control, t.name]), 'over control', 'over control: p')
             rows.append(row | {f'{c}, as published':as_published(table, m, f'{t.name}:{c}') for c in ('ACC','AUC')})
-    out = pd.DataFrame(rows)
-    return out.assign(**{'p (Holm)':adjusted(out['p'].to_numpy(float))}) if 'p' in out else out
+    return with_holm(rows)
 
-# %% ../nbs/16b_study.ipynb #51c3e920
+# %% ../nbs/16b_study.ipynb #dbed58f0
 def phenotype_table(task:Task, methods, said:dict, reference:str='mae_real', draws:int=2000, show=('LVEDV','LVEF','LVM','RVEDV')) -> tuple: # -> a row for each method, scores {key: `PhenotypeScores`}, differences {key: `PhenotypeDifferences`}
     "Table 3, with what the paper leaves out."
     items = task.folds[0][2]; y = task.y[items]; rows, scores, apart = [], {}, {}
@@ -204,10 +218,10 @@ def phenotype_table(task:Task, methods, said:dict, reference:str='mae_real', dra
         row |= {'mean R2':s.mean_r2.value, 'mean R2: low':s.mean_r2.low, 'mean R2: high':s.mean_r2.high}
         if reference in {o.key for o in methods} and m.key != reference:
             d = apart[m.key] = compare_phenotypes(y, p, said[reference, task.name][0]['test'], task.names, draws); q = adjusted(d.r2[:,3])
-            row |= {'difference':d.mean_r2.difference, 'difference: low':d.mean_r2.interval[0], 'difference: high':d.mean_r2.interval[1], 'p':d.mean_r2.p, 'better of all':int(((d.r2[:,0] > 0) & (q < .05)).sum()), 'worse of all':int(((d.r2[:,0] < 0) & (q < .05)).sum())}
+            row |= parted(d.mean_r2) | {'better of all':int(((d.r2[:,0] > 0) & (q < .05)).sum()), 'worse of all':int(((d.r2[:,0] < 0) & (q < .05)).sum())}
+        if control := control_of(m, {o.key for o in methods}): row |= parted(compare_phenotypes(y, p, said[control, task.name][0]['test'], task.names, draws).mean_r2, 'over control', 'over control: p')
         rows.append(row | {f'{n} {k}, as published':as_published('table3', m, f'{n}:{k}') for n in show for k in ('MAE','R2')} | {'mean R2, as published':as_published('table3', m, 'mean:R2')})
-    out = pd.DataFrame(rows)
-    return (out.assign(**{'p (Holm)':adjusted(out['p'].to_numpy(float))}) if 'p' in out else out), scores, apart
+    return with_holm(rows), scores, apart
 
 # %% ../nbs/16b_study.ipynb #846d745e
 LINES = dict(mae_synthetic='-', mae_real_longer='--', mae_real_augmented=':')

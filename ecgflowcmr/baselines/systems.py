@@ -56,7 +56,7 @@ def fit_system(cohort, system:str, preset:str='demo', run='runs/demo', seed:int=
     if not done: finish_stage(folder, dict(parameters=sum(p.numel() for p in net.parameters()), training_subjects=len(pairs)), parts=seconds_of(folder), seconds=sum(p['seconds'] for p in seconds_of(folder).values()), config=config)
     return Baseline(system, net, pamae[0], vae[0], measures, names, level, float(cohort.table['pixel_mm'].iloc[0])), folder
 
-# %% ../../nbs/12f_baselines.systems.ipynb #e4eb48c2
+# %% ../../nbs/12f_baselines.systems.ipynb #6e50a818
 BUILT = dict(videogpt=lambda c, known, channels: VideoGPT(*known, tokenizer=c['tokenizer'], **c['model']), echopulse=lambda c, known, channels: EchoPulse(*known, tokenizer=c['tokenizer'], **c['model']),
              modelscope=lambda c, known, channels: ModelScope(*known, channels=channels, **c['model']), cardionets=lambda c, known, channels: CardioNets(*known, channels=channels, **c['model']),
              crossmodal=lambda c, known, channels: CrossModal(*known, **c['model']))
@@ -76,6 +76,7 @@ def parameters_of(system:str, preset:str, settings:str, known:tuple, channels:in
             net = part(system, 'dit')(**c['model'], features=width, channels=channels*rows, **(dict(measures=known[1], template=channels) if system == 'harmonic' else {}))
     return sum(p.numel() for p in net.parameters())
 
+# %% ../../nbs/12f_baselines.systems.ipynb #56ab7398
 def widened(system:str, preset:str, factor:float) -> str: # settings as chapter 11e writes them
     "Widths of a system times a factor, rounded to what its heads and groups allow."
     model, at = any_config(system, preset)['model'], 'amdf.model' if system in RECIPES else 'model'
