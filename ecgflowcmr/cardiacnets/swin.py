@@ -267,7 +267,7 @@ def warmed(train:dict, n:int) -> dict: # of a stage, training items -> with the 
     c = dict(train); e = c.pop('warmup_epochs', None)
     return c if e is None else c | dict(warmup=max(1, round(e*n/c['batch'])))
 
-# %% ../../nbs/13a_cardiacnets.swin.ipynb #6f5a2595
+# %% ../../nbs/13a_cardiacnets.swin.ipynb #7aac603c
 @torch.no_grad()
 def swin_figures(m:TwoStreams, cohort, rows, mask:float, batch:int=16) -> dict: # figures of merit on `rows`
     "Error of hidden units against that of the mean training cine; retrieval of the short axis from the long one."
@@ -281,7 +281,7 @@ def swin_figures(m:TwoStreams, cohort, rows, mask:float, batch:int=16) -> dict: 
             error[v].append(n*hidden_error(s.paint(s.swin(x, keep), keep), units, keep).item()); null[v].append(n*hidden_error(s.to_units(mean[v]).expand_as(units), units, keep).item())
             joint[v].append(F.normalize(m.join[v](s.swin.read(x)), dim=-1))
     found = recall_at(torch.cat(joint['la']) @ torch.cat(joint['sa']).T, (1,10))
-    return {f'hidden_mse_{v}': sum(error[v])/len(rows) for v in error} | {f'hidden_mse_{v}_of_the_mean_cine': sum(null[v])/len(rows) for v in null} | dict(recall_1=found[1], recall_10=found[10], chance_1=1/len(rows), subjects=len(rows))
+    return {f'hidden_mse_{v}': sum(error[v])/len(rows) for v in error} | {f'hidden_mse_{v}_of_the_mean_cine': sum(null[v])/len(rows) for v in null} | dict(recall_1=found[1], recall_10=found[10], chance_1=1/len(rows), chance_10=min(1., 10/len(rows)), subjects=len(rows))
 
 # %% ../../nbs/13a_cardiacnets.swin.ipynb #fcb3f530
 def fit_swin(cohort, config:dict, run, device:str='auto') -> tuple: # model, folder
