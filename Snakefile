@@ -30,6 +30,7 @@ RUN = str(config.get("run") or config["preset"])
 KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed", "settings") if config.get(k, "") != "")
 TABLE_KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "cohort", "run", "seed") if config.get(k, "") != "")   # all recipes are rows of the table
 READ = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") != "")   # chapters that take no `settings`
+CARDIACNETS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") not in ("", "harmonic"))   # the second paper's stages have no recipe of ours
 BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
 PROCESSES = int(config.get("processes", 1))
 MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
@@ -110,6 +111,24 @@ rule pamae:
     resources: gpu=PROCESSES
     params: KNOBS
     shell: MANY + "papermill nbs/20_pamae_train.ipynb {params}"
+
+rule cmr_mim:
+    input: code("60_cmr_mim_train")
+    output: f"runs/{RUN}/cmr_mim/done.json"
+    log: f"runs/{RUN}/60_cmr_mim_train.ipynb"
+    threads: 2
+    resources: gpu=PROCESSES
+    params: CARDIACNETS
+    shell: MANY + "papermill nbs/60_cmr_mim_train.ipynb {params}"
+
+rule alignment:
+    input: code("61_alignment_train"), rules.cmr_mim.output
+    output: f"runs/{RUN}/alignment/done.json"
+    log: f"runs/{RUN}/61_alignment_train.ipynb"
+    threads: 2
+    resources: gpu=PROCESSES
+    params: CARDIACNETS
+    shell: MANY + "papermill nbs/61_alignment_train.ipynb {params}"
 
 rule vae:
     input: code("25_vae_train")
