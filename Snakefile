@@ -15,6 +15,7 @@
 #   snakemake --cores 2 table2 table3 table4             # what synthetic cines are good for (50, 51, 52): jobs of method x task x folds, side by side
 #   snakemake --cores 2 table2 --config systems="harmonic videogpt" ratios="100 200 300"   # whose cines, how many per cent
 #   snakemake --cores 2 turing_test reader_study         # pages for readers, and what machine readers say (43, 66); answers of people: type the notebook's own line
+#   snakemake --cores 2 phenotypes_from_generated        # CardiacNets' Fig. 4: what is read from its generated cines (65)
 #   snakemake --cores 2 paper                            # all tables and figures beside the papers' numbers (90)
 #   snakemake --cores 2 real_ecgs                        # a page of real ECGs; of the files that ECGFLOWCMR_FIXTURES names
 #   snakemake --cores 2 cost                             # what the full run would cost
@@ -184,13 +185,13 @@ rule few_steps:
     params: KNOBS
     shell: "papermill nbs/33_few_steps.ipynb {params}"
 
-SYSTEMS = "videogpt modelscope cardionets echopulse crossmodal".split()
+SYSTEMS = "videogpt modelscope cardionets echopulse crossmodal ecg2cmr".split()
 
 rule baselines:
     input: expand(f"runs/{RUN}/baseline-{{system}}.done", system=SYSTEMS)
 
 rule baseline:
-    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output
+    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output, lambda w: rules.alignment.output if w.system == "ecg2cmr" else []
     output: touch(f"runs/{RUN}/baseline-{{system}}.done")
     wildcard_constraints: system="|".join(SYSTEMS)
     threads: 2
@@ -206,6 +207,15 @@ rule table1:
     resources: gpu=1
     params: TABLE_KNOBS
     shell: "papermill nbs/40_generation_quality.ipynb {params}"
+
+rule phenotypes_from_generated:
+    input: code("65_phenotypes_from_generated"), rules.alignment.output, f"runs/{RUN}/baseline-ecg2cmr.done", f"runs/{RUN}/baseline-crossmodal.done"
+    output: f"runs/{RUN}/phenotypes_generated/done.json"
+    log: f"runs/{RUN}/65_phenotypes_from_generated.ipynb"
+    threads: 2
+    resources: gpu=1
+    params: CARDIACNETS
+    shell: "papermill nbs/65_phenotypes_from_generated.ipynb {params}"
 
 rule ablation:
     input: code("41_ablation"), rules.pamae.output, rules.vae.output
@@ -235,7 +245,7 @@ ALL_ROWS = f"-p systems {shlex.quote(' '.join(DRAWERS))} -p ratios {shlex.quote(
 JOB = f"runs/{RUN}/jobs/"
 
 rule drawer:
-    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output
+    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output, lambda w: rules.alignment.output if w.system == "ecg2cmr" else []
     output: touch(JOB + "system-{drawer}.done")
     threads: 2
     resources: gpu=PROCESSES

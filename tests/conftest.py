@@ -8,6 +8,11 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two tests run side by side (pytest.ini)
 
 
+def pytest_collection_modifyitems(items):
+    "The chapters' own tests first: they take longest and use both cores, so the other files fill up what is left (pytest.ini keeps this order)."
+    items.sort(key=lambda o: o.path.name != 'test_notebooks.py')
+
+
 @pytest.fixture(scope='session')
 def root():
     "The top folder of this checkout."
