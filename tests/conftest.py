@@ -1,8 +1,10 @@
 "What the tests share: the top folder, the real recordings, and fresh kernels."
 import os
 from pathlib import Path
+import nbformat
 import papermill
 import pytest
+from ecgflowcmr.ecg import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two tests run side by side (pytest.ini)
@@ -34,4 +36,19 @@ def papermill_run(tmp_path):
     def run(nb, tmp=tmp_path, **params):
         nb = Path(nb) if Path(nb).is_absolute() else ROOT/'nbs'/Path(nb).name
         return papermill.execute_notebook(str(nb), str(Path(tmp)/nb.name), params, kernel_name='python3', cwd=str(ROOT), progress_bar=False)
+    return run
+
+
+@pytest.fixture
+def refusal(monkeypatch):
+    "Run a notebook's cells in this process, which has all imports already, until one refuses its parameters; returns the error. (That papermill shows it, test_papermill.py looks at.)"
+    def run(nb, **params):
+        monkeypatch.chdir(ROOT)
+        space = dict(In=[])  # as in a kernel: what was typed so far
+        def cell(source): space['In'].append(source); exec(compile(source, nb, 'exec'), space)
+        for c in (c for c in nbformat.read(ROOT/'nbs'/nb, as_version=4).cells if c.cell_type == 'code'):
+            try: cell(c.source)
+            except DataError as e: return e
+            if 'parameters' in c.metadata.get('tags', []): cell('# Parameters\n' + '\n'.join(f'{k} = {v!r}' for k, v in params.items()))
+        pytest.fail(f'{nb} takes {params}')
     return run
