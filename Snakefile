@@ -14,6 +14,7 @@
 #   snakemake --cores 2 ablation noise_scale             # Figure 2(a) and 2(b) (41, 42)
 #   snakemake --cores 2 table2 table3 table4             # what synthetic cines are good for (50, 51, 52): jobs of method x task x folds, side by side
 #   snakemake --cores 2 table2 --config systems="harmonic videogpt" ratios="100 200 300"   # whose cines, how many per cent
+#   snakemake --cores 2 screening label_efficiency subtypes   # CardiacNets' Figures 2 and 3 (62 to 64); trains its streams and its aligned encoder first (60, 61)
 #   snakemake --cores 2 turing_test reader_study         # pages for readers, and what machine readers say (43, 66); answers of people: type the notebook's own line
 #   snakemake --cores 2 phenotypes_from_generated        # CardiacNets' Fig. 4: what is read from its generated cines (65)
 #   snakemake --cores 2 paper                            # all tables and figures beside the papers' numbers (90)
@@ -32,11 +33,12 @@ KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "re
 TABLE_KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "cohort", "run", "seed") if config.get(k, "") != "")   # all recipes are rows of the table
 READ = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") != "")   # chapters that take no `settings`
 CARDIACNETS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") not in ("", "harmonic"))   # the second paper's stages have no recipe of ours
+SIZES = f" -p settings {shlex.quote(str(config['sizes']))}" if config.get("sizes") else ""   # of fine-tuning: tables 2 to 4, CardiacNets' figures
 BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
 PROCESSES = int(config.get("processes", 1))
 MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
 if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "settings", "processes", "systems", "ratios", "sizes"}:
-    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes; of tables 2 to 4: systems, ratios, sizes")
+    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes; of tables 2 to 4: systems, ratios, sizes (also of screening, label_efficiency, subtypes)")
 
 
 def code(notebook):
@@ -130,6 +132,33 @@ rule alignment:
     resources: gpu=PROCESSES
     params: CARDIACNETS
     shell: MANY + "papermill nbs/61_alignment_train.ipynb {params}"
+
+rule screening:
+    input: code("62_screening"), rules.alignment.output
+    output: f"runs/{RUN}/screening/done.json"
+    log: f"runs/{RUN}/62_screening.ipynb"
+    threads: 2
+    resources: gpu=PROCESSES
+    params: CARDIACNETS + SIZES
+    shell: MANY + "papermill nbs/62_screening.ipynb {params}"
+
+rule label_efficiency:
+    input: code("63_label_efficiency"), rules.alignment.output
+    output: f"runs/{RUN}/label_efficiency/done.json"
+    log: f"runs/{RUN}/63_label_efficiency.ipynb"
+    threads: 2
+    resources: gpu=PROCESSES
+    params: CARDIACNETS + SIZES
+    shell: MANY + "papermill nbs/63_label_efficiency.ipynb {params}"
+
+rule subtypes:
+    input: code("64_subtypes"), rules.alignment.output
+    output: f"runs/{RUN}/subtypes/done.json"
+    log: f"runs/{RUN}/64_subtypes.ipynb"
+    threads: 2
+    resources: gpu=PROCESSES
+    params: CARDIACNETS + SIZES
+    shell: MANY + "papermill nbs/64_subtypes.ipynb {params}"
 
 rule vae:
     input: code("25_vae_train")
@@ -240,7 +269,7 @@ DRAWERS, RATIOS = str(config.get("systems", "harmonic")).split(), str(config.get
 ROWS = {k.replace(":", "-"): k for k in ["vit", "mae_real", *(f"mae_real_longer:{max(map(int, RATIOS))}" for _ in RATIOS[:1]), *(f"mae_synthetic:{s}:{r}" for s in DRAWERS for r in RATIOS)]}
 FOLDS = {"a": "1 2", "b": "3 4 5"}
 WARD = {"a": "1 2", "b": "3"} if config["preset"] == "smoke" else FOLDS
-STUDY = TABLE_KNOBS + (f" -p settings {shlex.quote(str(config['sizes']))}" if config.get("sizes") else "")
+STUDY = TABLE_KNOBS + SIZES
 ALL_ROWS = f"-p systems {shlex.quote(' '.join(DRAWERS))} -p ratios {shlex.quote(' '.join(RATIOS))}"
 JOB = f"runs/{RUN}/jobs/"
 

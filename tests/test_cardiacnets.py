@@ -1,0 +1,62 @@
+"CardiacNets' figures 2 and 3 at the smoke preset, in one folder: 60 people to pre-train on, 30 to screen."
+import json, os, re, shutil
+from pathlib import Path
+import matplotlib, nbformat, pandas as pd
+import pytest
+from ecgflowcmr.cohort import cohort_at
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = dict(preset='smoke', settings='train.epochs=1')
+
+
+@pytest.fixture(scope='module')
+def run():
+    "A run of its own, and its clinic, which the disease table has too."
+    out = ROOT/'runs'/f'test-cardiacnets-{os.getpid()}'
+    out.mkdir(parents=True)
+    yield out, str(cohort_at('virtual', ROOT, n=30, seed=101, people='cm', progress=False).folder)
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def here(nb, monkeypatch, capsys, **params):
+    "A notebook's cells in this process, which has all imports already; what they printed."
+    monkeypatch.chdir(ROOT); matplotlib.use('agg')
+    shown, space = [], dict(In=[], display=lambda *o: shown.append(' '.join(map(str, o))))
+    def cell(source): space['In'].append(source); exec(compile(source, nb, 'exec'), space)
+    for c in (c for c in nbformat.read(ROOT/'nbs'/nb, as_version=4).cells if c.cell_type == 'code'):
+        cell(c.source)
+        if 'parameters' in c.metadata.get('tags', []): cell('# Parameters\n' + '\n'.join(f'{k} = {v!r}' for k, v in params.items()))
+    return '\n'.join(shown) + capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_screening_labels_and_subtypes(run, monkeypatch, capsys):
+    run, clinic = run
+    said = here('62_screening.ipynb', monkeypatch, capsys, run=run.name, clinic=clinic, diseases='CM', hospitals='', draws=100, **SMALL)
+    table, r = (pd.read_csv(run/'figures'/f'{o}.csv') for o in ('screening', 'screening_r'))
+    assert table['way'].tolist() == r['way'].tolist() == ['ecg', 'aligned', 'cmr']
+    assert table['p (Holm)'].notna().tolist() == [False, True, True]
+    assert ((table['AUROC: low'] <= table['AUROC']) & (table['AUROC'] <= table['AUROC: high'])).all()
+    assert r['phenotypes'].tolist() == [82]*3 and r['UK Biobank, as published'].tolist() == [.351, .426, .612]
+    kept = {o: o.stat().st_mtime_ns for o in run.glob('screen/*/best.safetensors')}
+    assert len(kept) == 6
+    labels = here('63_label_efficiency.ipynb', monkeypatch, capsys, run=run.name, clinic=clinic, fractions='50 100', **SMALL)
+    assert {o: o.stat().st_mtime_ns for o in kept} == kept, 'what chapter 62 trained on all labels is read'
+    few = pd.read_csv(run/'figures'/'label_efficiency.csv')
+    assert few['what'].tolist() == ['50 %']*2 + ['100 %']*2 and few['labels'].iloc[0] < few['labels'].iloc[2]
+    assert few['AUROC'].iloc[2:].tolist() == table['AUROC'].iloc[:2].tolist()
+    kinds = here('64_subtypes.ipynb', monkeypatch, capsys, run=run.name, clinic='subtypes', ways='ecg', hospital='', **SMALL)
+    absent = json.loads((run/'figures'/'subtypes.json').read_text())['made_by']['absent']
+    assert set(pd.read_csv(run/'figures'/'subtypes.csv')['what']) == {'HCM', 'DCM', 'RCM'} - set(absent)
+    text = said + labels + kinds + ''.join(o.read_text() for o in run.glob('figures/*.[cj]s*'))
+    assert not re.search(r'v\d+-\d{6}', text), 'no subject id in an output or a table'
+
+
+@pytest.mark.parametrize('name, params, message', [
+    ('62_screening', dict(diseases='CM FLU'), 'names of preset, CAD, CM, PC, HF, PH'),
+    ('62_screening', dict(diseases='CM', settings='train.epoch=1'), "'train.epoch=1' names no setting"),
+    ('63_label_efficiency', dict(disease='PC'), 'nobody of 30 people has PC'),
+    ('63_label_efficiency', dict(fractions='1 100'), '1 % of 9 training people'),
+    ('64_subtypes', dict(ways='mri'), 'names of ecg, aligned, cmr')])
+def test_the_notebook_stops(run, refusal, name, params, message):
+    assert message in str(refusal(f'{name}.ipynb', **(SMALL | dict(run=run[0].name, clinic=run[1]) | params)))
