@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED', 'CLINIC', 'HOSPITALS', 'PAIRS', 'CLAIMS', 'WAY_COLOURS',
            'well_or_ill', 'mean_auc', 'auc_rows', 'with_stars', 'r_rows', 'one_of', 'confusion', 'average_accuracy',
            'subtype_rows', 'epochs_to', 'verdict', 'verdicts', 'ways_axes', 'confusion_axes']
 
-# %% ../nbs/16c_screening.ipynb #2d7d3a3f
+# %% ../nbs/16c_screening.ipynb #d664f9de
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .stages import changed
 from .cardiacnets.swin import fit_swin, swin_config
 from .cardiacnets.align import align_config, fit_alignment
 from .cardiacnets.screen import WAYS, Covariates, Question, answers, fit_screen, reader_of, said, screen_config
-from .stats import adjusted, auc_parts, bca_limits, bootstrap_interval, columns, expanded, make_auc, make_delong, stars, two_classes, wilson_interval
+from .stats import adjusted, auc_parts, bca_limits, bootstrap_interval, columns, expanded, gaussian, make_auc, make_delong, newcombe, stars, two_classes, wilson_interval
 from .scores import all_draws, bootstrap_p, choose_threshold, cluster_numbers, known_mean, multiclass_scores, phenotypes, standard
 
 # %% ../nbs/16c_screening.ipynb #a7e6626a
@@ -112,7 +112,7 @@ def well_or_ill(cohort, disease:str, diseases=GROUPS) -> np.ndarray: # `(n,)`: 1
     if min((y == 1).sum(), (y == 0).sum()) < 2: raise DataError(f'{int((y == 1).sum())} people with {disease} and {int((y == 0).sum())} without any disease', file=cohort.folder, field='diagnoses', remedy='Take a larger hospital or another disease')
     return y
 
-# %% ../nbs/16c_screening.ipynb #1cd9e01a
+# %% ../nbs/16c_screening.ipynb #6901c91e
 PAIRS = (('aligned','ecg'), ('cmr','aligned'))
 
 def mean_auc(y, scores) -> tuple: # `(n,)` labels, `(k, n)` scores of k trainings -> mean AUROC, influences `(n,)`, SD over trainings
@@ -125,7 +125,8 @@ def auc_rows(what:str, y, scores:dict, **more) -> list: # what is asked; `(n,)`;
     m, out = {w:mean_auc(y, s) for w,s in scores.items()}, []; below = dict(PAIRS)
     for w,(auc,phi,sd) in m.items():
         a = make_auc(auc, float(np.sqrt(phi @ phi)), int(np.sum(y)), int(len(y) - np.sum(y))); row = dict(what=what, way=w, name=WAYS[w], cases=a.cases, controls=len(y) - a.cases, trainings=len(np.atleast_2d(scores[w]))) | more
-        row |= {'AUROC':auc, 'AUROC: low':a.low, 'AUROC: high':a.high, 'AUROC: SD of trainings':sd}
+        low, high = (a.low, a.high) if a.se > 1e-12 else newcombe(auc, a.cases, len(y) - a.cases, gaussian(.95))      # complete separation has no variance
+        row |= {'AUROC':auc, 'AUROC: low':low, 'AUROC: high':high, 'AUROC: SD of trainings':sd}
         if below.get(w) in m: b = m[below[w]]; d = make_delong(auc, b[0], float(np.sqrt(np.square(phi - b[1]).sum()))); row |= {'over':WAYS[below[w]], 'difference':d.difference, 'difference: low':d.interval[0], 'difference: high':d.interval[1], 'p':d.p}
         out.append(row)
     return out
