@@ -81,14 +81,13 @@ def fit_patches(patches:Patches, frames:Tensor): # frames `(n, 96, 96)` in [-1, 
     g = (s*s[0]).sqrt()
     patches.mean.copy_(mean); patches.enter.copy_((u/g).T); patches.leave.copy_(u*g)
 
-# %% ../nbs/10_vae.ipynb #9007f361
+# %% ../nbs/10_vae.ipynb #d9d96b22
 class VAE(nn.Module):
     "Encoder and decoder of cines `(b, t, 96, 96)` in [-1, 1]; latents `(b, channels, t, 12, 12)`."
     def __init__(self, width:int=48, deep:int=128, channels:int=4, blocks:int=2, time:bool=True): # time: frames see their neighbours
         super().__init__()
         conv, self.channels, self.patches = (lambda a, b: nn.Conv2d(a, b, 3, padding=1)), channels, Patches(channels)
-        self.down, self.deep_in, self.moments = conv(64, deep), Stack(deep, max(1, blocks-1)), nn.Conv2d(deep, 2*channels, 1)
-        self.start, self.deep_out = conv(channels, deep), Stack(deep, blocks, told=True)
+        self.down, self.deep_in, self.moments, self.start, self.deep_out = conv(64, deep), Stack(deep, max(1, blocks-1)), nn.Conv2d(deep, 2*channels, 1), conv(channels, deep), Stack(deep, blocks, told=True)
         self.up, self.fine_out, self.leave = nn.Conv2d(deep, 4*width, 1), Stack(width, max(1, blocks-1), told=True), conv(width, 16)
         for m in (self.moments, self.leave): nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
         nn.init.constant_(self.moments.bias[channels:], -6.)
