@@ -223,12 +223,12 @@ def strip_features(model:PAMAE, mv:Tensor) -> tuple: # as `cycle_features`
 
 CYCLES = dict(phase=cycle_features, peaks=peak_features, strip=strip_features)  # ways to read a strip
 
-# %% ../nbs/09_pamae.ipynb #bbdb0935
+# %% ../nbs/09_pamae.ipynb #8e504d31
 def pamae_config(preset:str='demo', seed:int=0) -> dict: # settings of the stage
     "Sizes of the encoder and of its training."
     model = dict(smoke=dict(width=64, depth=2), demo=dict(width=128, depth=4), paper=dict(width=384, depth=8, heads=6))[preset]
     muon = dict(optimizer='muon', by_adamw=('embed','paint','leave','enter','mask_token'))
-    train = dict(smoke=dict(steps=50, batch=8, lr=2e-2, lr_adamw=5e-3, warmup=5, ema=.9) | muon, demo=dict(steps=190, batch=16, lr=1e-2, lr_adamw=2e-3, warmup=20, ema=.95) | muon,
+    train = dict(smoke=dict(steps=50, batch=4, lr=2e-2, lr_adamw=5e-3, warmup=5, ema=.9) | muon, demo=dict(steps=190, batch=16, lr=1e-2, lr_adamw=2e-3, warmup=20, ema=.95) | muon,
                  paper=dict(epochs=10, batch=4, lr=1e-4, warmup=1000, ema=.9999))[preset]
     return dict(model=model, mask_ratio=.5, train=dict(weight_decay=1e-4, betas=(.9,.95), clip=1., seed=seed, log_every=10) | train)
 
