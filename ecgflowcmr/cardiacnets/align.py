@@ -84,17 +84,23 @@ def augmented(x:Tensor, maps:Tensor) -> Tensor: # images `(b, 50, size, size)` i
     grid = F.affine_grid(maps.to(x), list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, align_corners=False) - 1
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #6566d92c
+# %% ../../nbs/13b_cardiacnets.align.ipynb #b30d6c54
 class Aligner(nn.Module):
     "An ECG encoder, and projections of ECG and cine vectors to a joint space."
     def __init__(self, vit:dict, cine:int, joint:int=256):
         super().__init__()
         self.ecg = ECGViT(**vit); self.head = nn.Linear(self.ecg.width, joint)
         self.of = nn.ModuleDict({v:nn.Linear(cine, joint) for v in ('la','sa')})
+        for v in ('la','sa'): self.register_buffer(f'mean_{v}', torch.zeros(cine)); self.register_buffer(f'spread_{v}', torch.ones(cine))
+
+    def set_scales(self, seen:dict): # view -> `(n, cine)` of training people
+        "Take mean and spread of the frozen vectors."
+        for v,x in seen.items(): getattr(self, f'mean_{v}').copy_(x.mean(0)); getattr(self, f'spread_{v}').copy_(x.std(0).clamp(min=1e-4))
+        return self
 
     def forward(self, ecg:Tensor, seen:dict) -> tuple: # `(b, 12, 5000)`; view -> `(b, cine)` of the frozen Swin -> `(b, joint)`, view -> `(b, joint)`
         "Vectors in the joint space."
-        return self.head(self.ecg.read(ecg)), {v:self.of[v](seen[v]) for v in self.of}
+        return self.head(self.ecg.read(ecg)), {v:self.of[v]((seen[v] - getattr(self, f'mean_{v}'))/getattr(self, f'spread_{v}')) for v in self.of}
 
 def align_loss(m:Aligner, ecg:Tensor, seen:dict, temperature:float=.1) -> dict:
     "The sum of two contrastive losses."
@@ -155,14 +161,14 @@ def load_best(folder, net:nn.Module) -> nn.Module:
     fill(whole(net), read_tensors(Path(folder)/'best.safetensors', 'Delete the folder: the stage is trained again')[0], folder)
     return net.eval()
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #ead6078b
+# %% ../../nbs/13b_cardiacnets.align.ipynb #101b213c
 def align_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # settings of the stage
     "Sizes of the ECG encoder and of its training."
     if recipe not in ('paper','released'): raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use paper or released')
     vit = dict(smoke=dict(width=32, depth=1, heads=2), demo=dict(width=96, depth=3, heads=4), paper=dict(width=1024, depth=24, heads=16))[preset]
     train = dict(smoke=dict(epochs=3, warmup_epochs=1, batch=8, lr=1e-3), demo=dict(epochs=15, warmup_epochs=1, batch=16, lr=1e-3), paper=dict(epochs=400, warmup_epochs=40, batch=8, lr=1e-4))[preset]
     ecg = CARDIACNETS['train'] if recipe == 'paper' else 'time_flip, sign_flip, minmax'
-    return dict(vit=vit, joint=256, temperature=.1, ecg=ecg, ecg_test=CARDIACNETS['test'], clean=preset == 'paper', cine=True,
+    return dict(vit=vit, joint=256, temperature=.1, ecg=ecg, ecg_test=CARDIACNETS['test'], clean=preset == 'paper', cine=preset == 'paper',
                 train=dict(weight_decay=.05, betas=(.9,.95), clip=1., ema=0., seed=seed, log_every=10) | train)
 
 @torch.no_grad()
@@ -172,21 +178,21 @@ def cine_vectors(swin, cohort, rows, batch:int=16, device='cpu') -> dict: # a `T
     for part in np.array_split(rows, -(-len(rows)//batch)): b = cohort.batch(part, ['la','sa']); out.append(swin.see({v:to_images(b[v], size, device) for v in ('la','sa')}))
     return {v:torch.cat([o[v].float() for o in out]) for v in ('la','sa')}
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #8063b1c9
-def align_data(cohort, config:dict, run, swin, device) -> tuple: # -> `batch(rows, rng)`, `judge(net)`, `figures(net)`
+# %% ../../nbs/13b_cardiacnets.align.ipynb #d69c2f4e
+def align_data(cohort, config:dict, run, swin, device) -> tuple: # -> `batch(rows, rng)`, `judge(net)`, `figures(net)`, what the streams see in training cines
     "What the stage trains on, chooses by and reports."
     ecg, size = ecgs_of(cohort, config, run), swin.streams['la'].swin.size; swin = swin.to(device).eval().requires_grad_(False)
+    plain = {s:cine_vectors(swin, cohort, cohort.index(s), device=device) for s in ('train','val','test')}; at = {int(r):i for i,r in enumerate(cohort.index('train'))}
     def batch(rows, rng):
-        with waiting(): b = cohort.batch(rows, ['la','sa']); strips = drawn_ecgs(ecg[rows], config['ecg'], rng)
-        x = {v:to_images(b[v], size, device) for v in ('la','sa')}
-        if config['cine']: x = {v:augmented(x[v], cine_maps(len(rows), rng)) for v in x}
-        with torch.no_grad(): return strips.to(device), swin.see(x)
-    plain = {s:cine_vectors(swin, cohort, cohort.index(s), device=device) for s in ('val','test')}
+        with waiting(): strips = drawn_ecgs(ecg[rows], config['ecg'], rng)
+        if not config['cine']: i = [at[int(r)] for r in rows]; return strips.to(device), {v:o[i] for v,o in plain['train'].items()}
+        with waiting(): b = cohort.batch(rows, ['la','sa'])
+        with torch.no_grad(): return strips.to(device), swin.see({v:augmented(to_images(b[v], size, device), cine_maps(len(rows), rng)) for v in ('la','sa')})
     strips = lambda s: drawn_ecgs(ecg[cohort.index(s)], config['ecg_test']).to(device)
     def judge(net):
         x, many = strips('val'), max(2, config['train']['batch']); parts = torch.arange(len(x)).split(many)
         return np.average([align_loss(net, x[p], {v:o[p] for v,o in plain['val'].items()}, config['temperature'])['loss'].item() for p in parts], weights=[len(p) for p in parts])
-    return batch, judge, lambda net: retrieval(net.to(device), strips('test'), plain['test']) | dict(subjects=len(cohort.index('test')))
+    return batch, judge, lambda net: retrieval(net.to(device), strips('test'), plain['test']) | dict(subjects=len(cohort.index('test'))), plain['train']
 
 def fit_alignment(cohort, config:dict, run, swin:tuple, device:str='auto') -> tuple: # what `fit_swin` returned -> model, folder
     "Train, resume or load the ECG encoder beside the frozen streams."
@@ -195,7 +201,7 @@ def fit_alignment(cohort, config:dict, run, swin:tuple, device:str='auto') -> tu
     torch.manual_seed(config['train']['seed']); model = Aligner(config['vit'], streams.streams['la'].swin.width, config['joint'])
     if finished(folder): return load_best(folder, model), folder
     on = 'cuda' if device == 'auto' and torch.cuda.is_available() else 'cpu' if device == 'auto' else device
-    batch, judge, figures = align_data(cohort, config, run, copy.deepcopy(streams), on)
+    batch, judge, figures, seen = align_data(cohort, config, run, copy.deepcopy(streams), on); model.set_scales({v:o.cpu() for v,o in seen.items()})
     loss = lambda m, index, rng: align_loss(m, *batch(rows[index.numpy()], rng), config['temperature'])
     best, summary = fit_kept(model, loss, len(rows), config['train'], folder, judge, device=device, desc='alignment')
     finish_stage(folder, figures(best), config=config, training=summary, seconds=summary['seconds'], device=summary['device'])
