@@ -1,4 +1,4 @@
-"CardiacNets' figures 2 and 3 at the smoke preset, in one folder: 60 people to pre-train on, 30 to screen."
+"CardiacNets' figures 2 to 4 at the smoke preset, in one folder: 60 people to pre-train on, 30 to screen."
 import json, os, re, shutil
 from pathlib import Path
 import matplotlib, nbformat, pandas as pd
@@ -50,6 +50,21 @@ def test_screening_labels_and_subtypes(run, monkeypatch, capsys):
     assert set(pd.read_csv(run/'figures'/'subtypes.csv')['what']) == {'HCM', 'DCM', 'RCM'} - set(absent)
     text = said + labels + kinds + ''.join(o.read_text() for o in run.glob('figures/*.[cj]s*'))
     assert not re.search(r'v\d+-\d{6}', text), 'no subject id in an output or a table'
+
+
+@pytest.mark.slow
+def test_phenotypes_of_generated_cines(run, monkeypatch, capsys):
+    "Both views drawn and read; asked again, nothing is drawn anew."
+    run, _ = run
+    asked = dict(preset='smoke', run=run.name, subjects=6, seconds=.5, settings='train.epochs=1')
+    here('65_phenotypes_from_generated.ipynb', monkeypatch, capsys, **asked)
+    every = pd.read_csv(run/'figures'/'phenotypes_generated_all.csv', index_col=0)
+    assert len(every) == 82 and every['n'].max() == 6 and {'generated, long axis', 'generated, short axis', 'true cine, short axis'} <= set(every)
+    assert ((every['generated, long axis: low'] <= every['generated, long axis']) & (every['generated, long axis'] <= every['generated, long axis: high'])).all()
+    drawn = {o: o.stat().st_mtime_ns for o in run.glob('phenotypes-*/cines.npy')}
+    assert len(drawn) == 3
+    said = here('65_phenotypes_from_generated.ipynb', monkeypatch, capsys, **asked)
+    assert {o: o.stat().st_mtime_ns for o in drawn} == drawn and 'mean r of 82 phenotypes' in said
 
 
 @pytest.mark.parametrize('name, params, message', [
