@@ -145,11 +145,11 @@ def claims_table(found:list) -> pd.DataFrame: # of `Finding`
     "The claims as a table."
     return pd.DataFrame([dict(claim=f.claim, place=f.place, verdict=f.verdict, found=f.found, **{'UK Biobank, as published':f.published}) for f in found]).set_index('claim')
 
-# %% ../nbs/17_paper.ipynb #80ee79b3
+# %% ../nbs/17_paper.ipynb #826d7533
 TABLES = dict(table1='Table 1: generation quality', table1_sized_harmonic='Table 1 again, all systems with as many parameters', ablation='Figure 2(a): parts taken out', noise_scale='Figure 2(b): noise scale', turing='Figure 2(c): Turing test', table2='Table 2: diseases', table3='Table 3: phenotypes',
               table4='Table 4: a second hospital', obedience_strong_harmonic='Obedience, coupling strong', obedience_realistic_harmonic='Obedience, coupling realistic', compare='Recipes, same seconds', few_steps='Few steps', reader_study='Reader study of CardiacNets',
               screening='CardiacNets, Figure 2(a): diseases', screening_r='CardiacNets, Figure 2(b): 82 phenotypes', screening_elsewhere='CardiacNets, other hospitals', label_efficiency='CardiacNets, Figure 2(c): few labels', subtypes='CardiacNets, Figure 3: kinds of cardiomyopathy', phenotypes_generated='CardiacNets, Figure 4: phenotypes of generated cines')
-PICTURES = ('table1_plot','figure3','ablation','ablation_cines','noise_scale','turing','table2_ratio','table3_ratio','table4_ratio','closest_pairs','figure2','label_efficiency','subtypes','phenotypes_generated')
+PICTURES = ('table1_plot','figure3','ablation','ablation_cines','noise_scale','turing','table2_ratio','table3_ratio','table4_ratio','closest_pairs','screening_plot','label_efficiency','subtypes','phenotypes_generated')
 
 def tidy(table:pd.DataFrame, digits:int=3) -> pd.DataFrame: # as text
     "Numbers rounded, gaps empty, an interval behind its value."
