@@ -161,13 +161,13 @@ def load_best(folder, net:nn.Module) -> nn.Module:
     fill(whole(net), read_tensors(Path(folder)/'best.safetensors', 'Delete the folder: the stage is trained again')[0], folder)
     return net.eval()
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #101b213c
+# %% ../../nbs/13b_cardiacnets.align.ipynb #b00b25e6
 def align_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # settings of the stage
     "Sizes of the ECG encoder and of its training."
     if recipe not in ('paper','released'): raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use paper or released')
     vit = dict(smoke=dict(width=32, depth=1, heads=2), demo=dict(width=96, depth=3, heads=4), paper=dict(width=1024, depth=24, heads=16))[preset]
     train = dict(smoke=dict(epochs=3, warmup_epochs=1, batch=8, lr=1e-3), demo=dict(epochs=15, warmup_epochs=1, batch=16, lr=1e-3), paper=dict(epochs=400, warmup_epochs=40, batch=8, lr=1e-4))[preset]
-    ecg = CARDIACNETS['train'] if recipe == 'paper' else 'time_flip, sign_flip, minmax'
+    ecg = CARDIACNETS['train'] if recipe == 'paper' and preset == 'paper' else 'time_flip, sign_flip, minmax'
     return dict(vit=vit, joint=256, temperature=.1, ecg=ecg, ecg_test=CARDIACNETS['test'], clean=preset == 'paper', cine=preset == 'paper',
                 train=dict(weight_decay=.05, betas=(.9,.95), clip=1., ema=0., seed=seed, log_every=10) | train)
 

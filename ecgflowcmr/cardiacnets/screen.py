@@ -141,7 +141,7 @@ def screen_loss(out:Tensor, y:Tensor, disease:bool) -> Tensor: # `(b, q)` each, 
     e = F.binary_cross_entropy_with_logits(out, t, reduction='none') if disease else (out - t).square()
     return (e*known).sum()/known.sum().clamp(min=1)
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #62deeb8d
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #22db0b5a
 WAYS = dict(ecg='ECG only', aligned='ECG, aligned with CMR', cmr='CMR')
 
 def screen_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # settings of the stage
@@ -149,7 +149,7 @@ def screen_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # 
     if recipe not in ('paper','released'): raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use paper or released')
     vit = dict(smoke=dict(width=32, depth=1, heads=2), demo=dict(width=96, depth=3, heads=4), paper=dict(width=1024, depth=24, heads=16))[preset]
     train = dict(smoke=dict(epochs=3, warmup_epochs=1, batch=10, lr=1e-3), demo=dict(epochs=20, warmup_epochs=2, batch=10, lr=5e-4), paper=dict(epochs=400, warmup_epochs=10 if recipe == 'paper' else 40, batch=10, lr=1e-4))[preset]
-    ecg = CARDIACNETS['train'] if recipe == 'paper' else 'time_flip, sign_flip, minmax'
+    ecg = CARDIACNETS['train'] if recipe == 'paper' and preset == 'paper' else 'time_flip, sign_flip, minmax' # chapter 13b says why
     return dict(vit=vit, view='la', covariates=True, relu=recipe == 'released', ecg=ecg, ecg_test=CARDIACNETS['test'], clean=preset == 'paper', patience=10,
                 train=dict(weight_decay=.05, betas=(.9,.95), clip=1., ema=0., seed=seed, log_every=10) | train)
 
