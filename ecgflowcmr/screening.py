@@ -192,16 +192,17 @@ def verdicts(table:pd.DataFrame) -> pd.DataFrame: # of `with_stars`
     t = table[table['difference'].notna()]
     return pd.DataFrame({'claim':[CLAIMS[w] for w in t['way']], 'of':t['what'].tolist(), 'verdict':[verdict(a, b) for a,b in zip(t['difference: low'], t['difference: high'])], 'difference':[f'{d:+.3f} ({a:+.3f} to {b:+.3f})' for d,a,b in zip(t['difference'], t['difference: low'], t['difference: high'])]}).sort_values('claim', kind='stable').set_index('claim')
 
-# %% ../nbs/16c_screening.ipynb #ce97b639
+# %% ../nbs/16c_screening.ipynb #b1859d0a
 WAY_COLOURS = dict(ecg='#9aa5ad', aligned='#30688f', cmr='#d1603d')
 
 def ways_axes(ax, table:pd.DataFrame, key:str='AUROC', chance:float=.5): # of `with_stars`
     "Bars of the ways with intervals and stars, as Fig. 2 of the paper has them."
     groups, ways = list(dict.fromkeys(table['what'])), [w for w in WAYS if w in set(table['way'])]; width = .8/len(ways)
+    high = table.groupby('what')[f'{key}: high'].max(); step = .07*(high.max() - chance)      # stars stand above all bars of a group
     for r in table.to_dict('records'):
         x = groups.index(r['what']) + (ways.index(r['way']) - (len(ways) - 1)/2)*width
         ax.bar(x, r[key] - chance, width*.92, bottom=chance, color=WAY_COLOURS[r['way']]); ax.plot([x, x], [r[f'{key}: low'], r[f'{key}: high']], color='black', lw=1)
-        if r.get('stars'): top = r[f'{key}: high'] + .03; ax.plot([x - width, x], [top, top], color='black', lw=.7); ax.text(x - width/2, top, r['stars'], ha='center', va='bottom', fontsize=8)
+        if r.get('stars'): top = high[r['what']] + step*(2*ways.index(r['way']) - 1); ax.plot([x - width, x], [top, top], color='black', lw=.7); ax.text(x - width/2, top, r['stars'], ha='center', va='bottom', fontsize=8)
     for w in ways: ax.bar(0, 0, bottom=chance, color=WAY_COLOURS[w], label=WAYS[w])
     ax.axhline(chance, color='#888888', lw=.7); ax.set(xticks=range(len(groups)), ylabel=key); ax.set_xticklabels(groups); ax.spines[['top','right']].set_visible(False)
 

@@ -10,9 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two tests run side by side (pytest.ini)
 
 
+LONG = 'notebooks papermill generation_quality processes downstream build synthesis benchmarks cohort virtual stats cardiacnets generate readers'.split()  # longest first
+
+
 def pytest_collection_modifyitems(items):
-    "The chapters' own tests first: they take longest and use both cores, so the other files fill up what is left (pytest.ini keeps this order)."
-    items.sort(key=lambda o: o.path.name != 'test_notebooks.py')
+    "Long files first, so that the short ones fill up what is left at the end (two workers take file by file; pytest.ini keeps this order)."
+    rank = {f'test_{o}.py': i for i, o in enumerate(LONG)}
+    items.sort(key=lambda o: rank.get(o.path.name, len(LONG)))
 
 
 @pytest.fixture(scope='session')
