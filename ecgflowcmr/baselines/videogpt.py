@@ -132,7 +132,7 @@ def gpt2(width:int, depth:int, heads:int, dropout:float, attention_dropout:float
     gpt.wpe = places; gpt.wte.requires_grad_(False)
     return gpt
 
-# %% ../../nbs/12a_baselines.videogpt.ipynb #908beef2
+# %% ../../nbs/12a_baselines.videogpt.ipynb #a9dfe6e0
 class VideoGPT(nn.Module):
     "GPT over the words of a cine in raster order, after the tokens of an ECG."
     draws = 'cines'
@@ -140,26 +140,20 @@ class VideoGPT(nn.Module):
         super().__init__()
         self.tokenizer = Tokenizer(**tokenizer or {}).requires_grad_(False)
         t, h, w = self.tokenizer.grid
-        self.length, self.place, dim = t*h*w, h*w, self.tokenizer.quantizer.dim
-        self.ecg, self.enter = ECGTokens(features, measures, width), nn.Linear(4*dim, width)
+        self.length, self.near, dim = t*h*w, (1, w, h*w), self.tokenizer.quantizer.dim
+        self.ecg, self.enter = ECGTokens(features, measures, width), nn.Linear(dim*len(self.near), width)
         self.gpt = gpt2(width, depth, heads, dropout, attention_dropout, Places(self.tokenizer.grid, width))
         self.head = nn.Linear(width, self.tokenizer.quantizer.codebook_size); nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
 
-    def told(self, f:Tensor, rr:Tensor, drop:Tensor=None) -> tuple: # tokens `(b, 50, width)`, and what each time step is told `(b, t, width)`
-        "What goes before the words, and what is added to them: the pooled ECG and the mean of the positions of the beat that a word spans."
-        tokens, pooled = self.ecg(f, rr, drop)
-        return tokens, pooled[:,None] + rearrange(tokens, 'b (t s) d -> b t s d', t=self.tokenizer.grid[0]).mean(2)
-
-    def inputs(self, words:Tensor, told:Tensor, first:int, last:int) -> Tensor: # words so far `(b, n)`, what the time steps are told
-        "Vectors from which words first ... last-1 are to be guessed: the words before, above, one time step earlier and at the first."
-        i, n = torch.arange(first, last, device=words.device), self.place
-        at = torch.stack([i-1, i-self.tokenizer.grid[2], i-n, torch.where(i < n, -1, i % n)])
+    def inputs(self, words:Tensor, pooled:Tensor, first:int, last:int) -> Tensor: # words so far `(b, n)`, pooled ECG `(b, width)`
+        "Vectors from which words first ... last-1 are to be guessed: the words before, above, and one time step earlier."
+        at = torch.arange(first, last, device=words.device)[None] - torch.tensor(self.near, device=words.device)[:,None]
         v = self.tokenizer.quantizer.codebook[words[:,at.clamp(min=0)]]*(at >= 0)[...,None]
-        return self.enter(rearrange(v, 'b k n d -> b n (k d)')) + told[:,i//n]
+        return self.enter(rearrange(v, 'b k n d -> b n (k d)')) + pooled[:,None]
 
     def forward(self, words:Tensor, f:Tensor, rr:Tensor, drop:Tensor=None) -> Tensor: # words `(b, L)`, the ECG as `ECGTokens` takes it -> logits `(b, L, codes)`
-        tokens, told = self.told(f, rr, drop)
-        x = torch.cat([tokens, self.inputs(words, told, 0, self.length)], 1)
+        tokens, pooled = self.ecg(f, rr, drop)
+        x = torch.cat([tokens, self.inputs(words, pooled, 0, self.length)], 1)
         return self.head(self.gpt(inputs_embeds=x, use_cache=False).last_hidden_state[:,tokens.shape[1]:])
 
 # %% ../../nbs/12a_baselines.videogpt.ipynb #33a72e75
@@ -175,22 +169,22 @@ def choose(logits:Tensor,     # `(b, codes)`
     below = logits.softmax(1).cumsum(1)
     return torch.searchsorted(below, u.double()[:,None]*below[:,-1:], right=True)[:,0].clamp(max=logits.shape[1]-1)
 
-# %% ../../nbs/12a_baselines.videogpt.ipynb #7dec4750
+# %% ../../nbs/12a_baselines.videogpt.ipynb #2caa1595
 @patch
 @torch.no_grad()
 def write(self:VideoGPT, f:Tensor, rr:Tensor, u:Tensor, temperature:float=1., top_k:int=0, guidance:float=1.) -> Tensor: # u `(b, L)` -> words `(b, L)`
     "Word after word; keys and values of those before are kept."
     b, both = len(f), guidance != 1
     if both: f, rr = torch.cat([f, f]), torch.cat([rr, rr])
-    tokens, told = self.told(f, rr, torch.arange(len(f), device=f.device) >= b)
+    tokens, pooled = self.ecg(f, rr, torch.arange(len(f), device=f.device) >= b)
     words, cache = torch.zeros(len(f), self.length, dtype=torch.long, device=f.device), None
-    x = torch.cat([tokens, self.inputs(words, told, 0, 1)], 1)
+    x = torch.cat([tokens, self.inputs(words, pooled, 0, 1)], 1)
     for i in range(self.length):
         out = self.gpt(inputs_embeds=x, past_key_values=cache, use_cache=True)
         logits, cache = self.head(out.last_hidden_state[:,-1]).float(), out.past_key_values
-        if both: with_it, without = logits.chunk(2); logits = without + guidance*(with_it - without)
+        if both: told, not_told = logits.chunk(2); logits = not_told + guidance*(told - not_told)
         words[:,i] = choose(logits, u[:,i], temperature, top_k).repeat(1+both)
-        if i < self.length-1: x = self.inputs(words, told, i+1, i+2)
+        if i < self.length-1: x = self.inputs(words, pooled, i+1, i+2)
     return words[:b]
 
 @patch
