@@ -38,7 +38,7 @@ BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if con
 PROCESSES = int(config.get("processes", 1))
 MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
 if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "settings", "processes", "systems", "ratios", "sizes"}:
-    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes; of tables 2 to 4: systems, ratios, sizes (also of screening, label_efficiency, subtypes)")
+    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes; of tables 2 to 4: systems, ratios, sizes (also of screening, label_efficiency, subtypes, phenotypes_from_generated)")
 
 
 def code(notebook):
@@ -243,7 +243,7 @@ rule phenotypes_from_generated:
     log: f"runs/{RUN}/65_phenotypes_from_generated.ipynb"
     threads: 2
     resources: gpu=1
-    params: CARDIACNETS
+    params: CARDIACNETS + SIZES
     shell: "papermill nbs/65_phenotypes_from_generated.ipynb {params}"
 
 rule ablation:
@@ -274,7 +274,7 @@ ALL_ROWS = f"-p systems {shlex.quote(' '.join(DRAWERS))} -p ratios {shlex.quote(
 JOB = f"runs/{RUN}/jobs/"
 
 rule drawer:
-    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output, lambda w: rules.alignment.output if w.system == "ecg2cmr" else []
+    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output
     output: touch(JOB + "system-{drawer}.done")
     threads: 2
     resources: gpu=PROCESSES

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'DRAWERS', 'Method', 'method_of', 'Leak', 'Seen', 'check_no_
            'stage_hash', 'draw_system', 'drawn_cohorts', 'synthetic_part', 'altered', 'altering', 'pool_of',
            'pretrained']
 
-# %% ../nbs/14a_mixing.ipynb #f3fd7a93
+# %% ../nbs/14a_mixing.ipynb #9366dbb7
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from .processes import barrier, main_first, main_process
 from .cohort import FORMAT, Cohort, open_cohort, people
 from .bundle import RECIPES
 from .synthesis import begin, bundle_hash, draw_share, finish, noise_seeds, record_names, row_ids, synthesise
-from .baselines.systems import NAMES, SECONDS, SYSTEMS, fit_any
+from .baselines.systems import LATER, NAMES, SECONDS, SYSTEMS, fit_any
 from .downstream import Cines, fit_mae
 
-# %% ../nbs/14a_mixing.ipynb #c98c55dd
+# %% ../nbs/14a_mixing.ipynb #61b50542
 KINDS = dict(vit='ViT', mae_real='MAE (real)', mae_synthetic='MAE (real + {ratio} % {system})', mae_real_longer='MAE (real, as many steps as + {ratio} %)', mae_real_augmented='MAE (real + {ratio} % altered copies)')
-DRAWERS = [*RECIPES, *SYSTEMS, 'given']
+DRAWERS = [*RECIPES, *(s for s in SYSTEMS if s not in LATER), 'given']
 
 @dataclass(frozen=True)
 class Method:

@@ -44,15 +44,22 @@ def papermill_run(tmp_path):
 
 
 @pytest.fixture
-def refusal(monkeypatch):
-    "Run a notebook's cells in this process, which has all imports already, until one refuses its parameters; returns the error. (That papermill shows it, test_papermill.py looks at.)"
-    def run(nb, **params):
+def cells(monkeypatch):
+    "Run a notebook's cells in this process, which has all imports already (a kernel and its imports take seven seconds). papermill itself is looked at in test_papermill.py."
+    def run(nb, display=print, **params):
         monkeypatch.chdir(ROOT)
-        space = dict(In=[])  # as in a kernel: what was typed so far
+        space = dict(In=[], display=display)  # as in a kernel: what was typed so far
         def cell(source): space['In'].append(source); exec(compile(source, nb, 'exec'), space)
         for c in (c for c in nbformat.read(ROOT/'nbs'/nb, as_version=4).cells if c.cell_type == 'code'):
-            try: cell(c.source)
-            except DataError as e: return e
+            cell(c.source)
             if 'parameters' in c.metadata.get('tags', []): cell('# Parameters\n' + '\n'.join(f'{k} = {v!r}' for k, v in params.items()))
-        pytest.fail(f'{nb} takes {params}')
+    return run
+
+
+@pytest.fixture
+def refusal(cells):
+    "The error with which a notebook refuses its parameters."
+    def run(nb, **params):
+        with pytest.raises(DataError) as e: cells(nb, **params)
+        return e.value
     return run

@@ -1,7 +1,7 @@
 "CardiacNets' figures 2 to 4 at the smoke preset, in one folder: 60 people to pre-train on, 30 to screen."
 import json, os, re, shutil
 from pathlib import Path
-import matplotlib, nbformat, pandas as pd
+import matplotlib, pandas as pd
 import pytest
 from ecgflowcmr.cohort import cohort_at
 
@@ -18,21 +18,21 @@ def run():
     shutil.rmtree(out, ignore_errors=True)
 
 
-def here(nb, monkeypatch, capsys, **params):
-    "A notebook's cells in this process, which has all imports already; what they printed."
-    monkeypatch.chdir(ROOT); matplotlib.use('agg')
-    shown, space = [], dict(In=[], display=lambda *o: shown.append(' '.join(map(str, o))))
-    def cell(source): space['In'].append(source); exec(compile(source, nb, 'exec'), space)
-    for c in (c for c in nbformat.read(ROOT/'nbs'/nb, as_version=4).cells if c.cell_type == 'code'):
-        cell(c.source)
-        if 'parameters' in c.metadata.get('tags', []): cell('# Parameters\n' + '\n'.join(f'{k} = {v!r}' for k, v in params.items()))
-    return '\n'.join(shown) + capsys.readouterr().out
+@pytest.fixture
+def here(cells, capsys):
+    "Run a notebook here; what it showed."
+    matplotlib.use('agg')
+    def run(nb, **params):
+        shown = []
+        cells(nb, display=lambda *o: shown.append(' '.join(map(str, o))), **params)
+        return '\n'.join(shown) + capsys.readouterr().out
+    return run
 
 
 @pytest.mark.slow
-def test_screening_labels_and_subtypes(run, monkeypatch, capsys):
+def test_screening_labels_and_subtypes(run, here):
     run, clinic = run
-    said = here('62_screening.ipynb', monkeypatch, capsys, run=run.name, clinic=clinic, diseases='CM', hospitals='', draws=100, **SMALL)
+    said = here('62_screening.ipynb', run=run.name, clinic=clinic, diseases='CM', hospitals='', draws=100, **SMALL)
     table, r = (pd.read_csv(run/'figures'/f'{o}.csv') for o in ('screening', 'screening_r'))
     assert table['way'].tolist() == r['way'].tolist() == ['ecg', 'aligned', 'cmr']
     assert table['p (Holm)'].notna().tolist() == [False, True, True]
@@ -40,12 +40,12 @@ def test_screening_labels_and_subtypes(run, monkeypatch, capsys):
     assert r['phenotypes'].tolist() == [82]*3 and r['UK Biobank, as published'].tolist() == [.351, .426, .612]
     kept = {o: o.stat().st_mtime_ns for o in run.glob('screen/*/best.safetensors')}
     assert len(kept) == 6
-    labels = here('63_label_efficiency.ipynb', monkeypatch, capsys, run=run.name, clinic=clinic, fractions='50 100', **SMALL)
+    labels = here('63_label_efficiency.ipynb', run=run.name, clinic=clinic, fractions='50 100', **SMALL)
     assert {o: o.stat().st_mtime_ns for o in kept} == kept, 'what chapter 62 trained on all labels is read'
     few = pd.read_csv(run/'figures'/'label_efficiency.csv')
     assert few['what'].tolist() == ['50 %']*2 + ['100 %']*2 and few['labels'].iloc[0] < few['labels'].iloc[2]
     assert few['AUROC'].iloc[2:].tolist() == table['AUROC'].iloc[:2].tolist()
-    kinds = here('64_subtypes.ipynb', monkeypatch, capsys, run=run.name, clinic='subtypes', ways='ecg', hospital='', **SMALL)
+    kinds = here('64_subtypes.ipynb', run=run.name, clinic='subtypes', ways='ecg', hospital='', **SMALL)
     absent = json.loads((run/'figures'/'subtypes.json').read_text())['made_by']['absent']
     assert set(pd.read_csv(run/'figures'/'subtypes.csv')['what']) == {'HCM', 'DCM', 'RCM'} - set(absent)
     text = said + labels + kinds + ''.join(o.read_text() for o in run.glob('figures/*.[cj]s*'))
@@ -53,17 +53,17 @@ def test_screening_labels_and_subtypes(run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_phenotypes_of_generated_cines(run, monkeypatch, capsys):
+def test_phenotypes_of_generated_cines(run, here):
     "Both views drawn and read; asked again, nothing is drawn anew."
     run, _ = run
     asked = dict(preset='smoke', run=run.name, subjects=6, seconds=.5, settings='train.epochs=1')
-    here('65_phenotypes_from_generated.ipynb', monkeypatch, capsys, **asked)
+    here('65_phenotypes_from_generated.ipynb', **asked)
     every = pd.read_csv(run/'figures'/'phenotypes_generated_all.csv', index_col=0)
     assert len(every) == 82 and every['n'].max() == 6 and {'generated, long axis', 'generated, short axis', 'true cine, short axis'} <= set(every)
     assert ((every['generated, long axis: low'] <= every['generated, long axis']) & (every['generated, long axis'] <= every['generated, long axis: high'])).all()
     drawn = {o: o.stat().st_mtime_ns for o in run.glob('phenotypes-*/cines.npy')}
     assert len(drawn) == 3
-    said = here('65_phenotypes_from_generated.ipynb', monkeypatch, capsys, **asked)
+    said = here('65_phenotypes_from_generated.ipynb', **asked)
     assert {o: o.stat().st_mtime_ns for o in drawn} == drawn and 'mean r of 82 phenotypes' in said
 
 

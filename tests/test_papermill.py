@@ -220,6 +220,15 @@ def test_snakemake_types_the_papermill_lines():
     assert res.returncode != 0 and 'valid are preset, recipe, cohort, run, seed' in res.stdout + res.stderr
 
 
+def test_every_table_and_figure_can_be_planned():
+    "A rule whose inputs cannot be worked out breaks here, not at night."
+    rules = 'virtual baselines table1 ablation noise_scale table2 table3 table4 screening label_efficiency subtypes phenotypes_from_generated turing_test reader_study paper synthetic'.split()
+    res = call('-n', '--cores', '2', '--config', 'preset=smoke', 'run=test-nothing', '--', *rules, cwd=ROOT, cmd=(BIN/'snakemake',))
+    assert res.returncode == 0, (res.stdout + res.stderr)[-3000:]
+    planned = set(re.findall(r'^rule (\w+):', res.stdout + res.stderr, re.M))
+    assert planned >= {'alignment', 'drawer', 'paper', 'phenotypes_from_generated', 'screening', 'table4'}, planned
+
+
 def test_slurm_profile_asks_for_gpus():
     res = call('-n', '-p', '--profile', 'profiles/slurm', '--config', 'preset=paper', 'run=test-nothing', 'processes=8', '--', 'obedience', 'few_steps', 'real_ecgs', 'cost', 'generate', cwd=ROOT, cmd=(BIN/'snakemake',))
     shown = dict(re.findall(r'^rule (\w+):\n(?:    .*\n)*?    resources: (.*)', res.stdout + res.stderr, re.M))

@@ -77,13 +77,12 @@ def parameters_of(system:str, preset:str, settings:str, known:tuple, channels:in
             net = part(system, 'dit')(**c['model'], features=width, channels=channels*rows, **(dict(measures=known[1], template=channels) if system == 'harmonic' else {}))
     return sum(p.numel() for p in net.parameters())
 
-# %% ../../nbs/12f_baselines.systems.ipynb #56ab7398
+# %% ../../nbs/12f_baselines.systems.ipynb #76fff4ed
 def widened(system:str, preset:str, factor:float) -> str: # settings as chapter 11e writes them
     "Widths of a system times a factor, rounded to what its heads and groups allow."
     model, at = any_config(system, preset)['model'], 'amdf.model' if system in RECIPES else 'model'
-    unit = 16 if system == 'modelscope' else 8
-    to = lambda w: max(round(w*factor/unit), 1)*unit
-    return ' '.join(f"{at}.{k}={json.dumps([to(w) for w in model[k]] if isinstance(model[k], (list,tuple)) else to(model[k])).replace(' ', '')}" for k in WIDTHS[system])
+    to = lambda w, unit: max(round(w*factor/unit), 1)*unit
+    return ' '.join(f"{at}.{k}={json.dumps([to(w, 16) for w in model[k]] if isinstance(model[k], (list,tuple)) else to(model[k], 8)).replace(' ', '')}" for k in WIDTHS[system])   # levels of a U-Net: groups of 16
 
 def same_size(system:str, preset:str, target:int, known:tuple, channels:int) -> tuple: # parameters -> settings, parameters
     "The settings that come nearest to a number of parameters."
