@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sinusoid', 'periodic', 'rotary', 'attend', 'Attention', 'mlp', 'Block', 'LocalMLP', 'AdaBlock', 'lerp1d',
-           'roi_align1d', 'fourier_basis']
+           'roi_align1d', 'fourier_basis', 'motion_images']
 
 # %% ../nbs/08_layers.ipynb #214673b5
 import math
@@ -138,7 +138,7 @@ def roi_align1d(x:Tensor,      # features `(b, c, t)`
     at = start[:,None] + (torch.arange(size*samples, device=x.device)+.5)*step[:,None]
     return rearrange(lerp1d(x[b.long()], at-.5), 'n c (k s) -> n c k s', s=samples).mean(-1)
 
-# %% ../nbs/08_layers.ipynb #608ad41c
+# %% ../nbs/08_layers.ipynb #f587581b
 def fourier_basis(n:int,         # frames
                   harmonics:int, # at most (n-1)//2
                  ) -> Tensor:    # `(2*harmonics+1, n)`, orthonormal rows
@@ -146,3 +146,9 @@ def fourier_basis(n:int,         # frames
     t, k = 2*math.pi*torch.arange(n, dtype=torch.float64)/n, torch.arange(1, harmonics+1, dtype=torch.float64)[:,None]
     waves = torch.stack([(k*t).cos(), (k*t).sin()], 1).flatten(0,1)*math.sqrt(2/n)
     return torch.cat([torch.full((1,n), 1/math.sqrt(n), dtype=torch.float64), waves]).float()
+
+def motion_images(cines:Tensor, harmonics:int=5) -> Tensor: # `(b, 50, h, w)` in [-1, 1] -> `(b, 1 + 2*harmonics, h/2, w/2)`
+    "Mean and first harmonics of the pixels, at half the resolution: what a reader of hearts looks at."
+    x = torch.einsum('kt,bthw->bkhw', fourier_basis(cines.shape[1], harmonics).to(cines.device), cines)
+    gain = torch.tensor([.14] + 2*harmonics*[.5], device=cines.device)[:,None,None]
+    return F.avg_pool2d(x*gain, 2)

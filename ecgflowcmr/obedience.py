@@ -9,7 +9,7 @@ __all__ = ['JUDGED', 'NAMES', 'KNOWS', 'SIGNS', 'ideal_r', 'strict_r', 'resample
            'kept_name', 'ranks', 'calibration', 'curve_error', 'curve_table', 'patients', 'with_ratio', 'shift',
            'disease_table']
 
-# %% ../nbs/15a_obedience.ipynb #d862c9c0
+# %% ../nbs/15a_obedience.ipynb #4c96b6a8
 import time
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from .files import digest
 from .delineate import ratios
 from .virtual.people import virtual_subject
 from .readings import ecg_features, median_beat
+from .layers import motion_images
 from .train import read_tensors, write_tensors
-from .fidelity import ALSO, READ, Reader, in_units, interval, motion_images, stored_cines, systole_fraction
+from .fidelity import ALSO, READ, Reader, in_units, interval, stored_cines, systole_fraction
 
 # %% ../nbs/15a_obedience.ipynb #76e6cedf
 JUDGED = ('LVEDV', 'LVESV', 'LVEF', 'LVM', 'RVEDV', 'LA_max_vol', 'HR')                     # whose mean is the obedience of a generator

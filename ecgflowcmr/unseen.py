@@ -9,7 +9,7 @@ __all__ = ['FLICKER', 'batches_of', 'slow_motion', 'heart_region', 'temporal', '
            'tile_distances', 'nearest', 'share_below', 'cell_statistic', 'closeness', 'standing_out', 'vote',
            'votes_for_training', 'holm', 'Copying', 'judged', 'copied', 'copying', 'closest', 'closest_pairs']
 
-# %% ../nbs/15f_unseen.ipynb #780c101a
+# %% ../nbs/15f_unseen.ipynb #f64169a7
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,8 +23,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from .ecg import DataError
-from .layers import fourier_basis
-from .fidelity import motion_images
+from .layers import fourier_basis, motion_images
 from .obedience import between, resamples
 from .extractors import check_cines
 

@@ -67,9 +67,9 @@ def drawn_ecgs(mv, names:str, rng:torch.Generator=None) -> Tensor: # `(b, 12, 50
     seed = None if rng is None else int(torch.randint(2**62, (1,), generator=rng))
     return torch.from_numpy(np.ascontiguousarray(ecg_transform(names)(np.array(mv), seed), np.float32))
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #2a78e84f
-def cine_maps(n:int, rng:torch.Generator, degrees:float=30., scale=(.8, 1.), ratio=(.9, 1/.9), flip:float=.5) -> Tensor: # `(n, 2, 3)` for `affine_grid`
-    "Rotation, flips, crop and resize of `n` cines."
+# %% ../../nbs/13b_cardiacnets.align.ipynb #f4048ec4
+def cine_maps(n:int, rng:torch.Generator, degrees:float=30., scale=(.8, 1.), ratio=(.9, 1/.9), flip:float=.5, shift:float=0.) -> Tensor: # share of the side -> `(n, 2, 3)` for `affine_grid`
+    "Rotation, flips, crop and resize, or shift, of `n` cines."
     u = lambda low, high: low + (high - low)*torch.rand(n, generator=rng)
     angle, area, aspect = u(-degrees, degrees)*math.pi/180, u(*scale), u(math.log(ratio[0]), math.log(ratio[1])).exp()
     w, h = (area*aspect).sqrt().clamp(max=1), (area/aspect).sqrt().clamp(max=1)                # of the crop, shares of the side
@@ -77,6 +77,7 @@ def cine_maps(n:int, rng:torch.Generator, degrees:float=30., scale=(.8, 1.), rat
     sign = lambda: torch.where(torch.rand(n, generator=rng) < flip, -1., 1.)
     crop = torch.diag_embed(torch.stack([w*sign(), h*sign()], -1)); c,s = angle.cos(), angle.sin()
     turn = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], 1)
+    if shift: at = at + torch.stack([u(-2*shift, 2*shift), u(-2*shift, 2*shift)], -1)
     return torch.cat([turn @ crop, turn @ at[:,:,None]], -1)
 
 def augmented(x:Tensor, maps:Tensor) -> Tensor: # images `(b, 50, size, size)` in [-1, 1]; `cine_maps`

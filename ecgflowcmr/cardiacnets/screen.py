@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'CATEGORIES', 'WAYS', 'label', 'Covariates', 'fit_covariates', 'said', 'Question', 'ask_disease',
-           'ask_phenotypes', 'FiLM', 'Screen', 'screen_loss', 'screen_config', 'encoder_of', 'score', 'reader_of',
-           'answers', 'screen_parts', 'screen_stage', 'keep_answers', 'fit_screen']
+           'ask_phenotypes', 'FiLM', 'Screen', 'screen_loss', 'CineNet', 'screen_config', 'encoder_of', 'score',
+           'reader_of', 'answers', 'screen_parts', 'screen_stage', 'keep_answers', 'fit_screen']
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #7443985e
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #0666e973
 import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..processes import main_process
 from ..clean import CARDIACNETS
 from ..cohort import fit_scaler
 from ..diagnoses import GROUPS, groups_of
+from ..layers import motion_images
 from ..train import finish_stage, finished, read_tensors, stage_folder, waiting, write_tensors
 from .swin import to_images
 from .align import ECGViT, augmented, cine_maps, drawn_ecgs, ecgs_of, fit_kept, load_best
@@ -141,8 +142,27 @@ def screen_loss(out:Tensor, y:Tensor, disease:bool) -> Tensor: # `(b, q)` each, 
     e = F.binary_cross_entropy_with_logits(out, t, reduction='none') if disease else (out - t).square()
     return (e*known).sum()/known.sum().clamp(min=1)
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #22db0b5a
-WAYS = dict(ecg='ECG only', aligned='ECG, aligned with CMR', cmr='CMR')
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #4169a9b1
+class CineNet(nn.Module):
+    "Convolutions on mean and harmonics of the pixels."
+    def __init__(self, size:int=96, width:int=32, features:int=128, harmonics:int=5, drop:float=.3):
+        super().__init__()
+        self.size, self.width, self.harmonics, k = size, features, harmonics, 1 + 2*harmonics
+        conv = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())
+        self.body = nn.Sequential(conv(k, width), conv(width, 2*width), conv(2*width, 4*width), nn.Flatten(), nn.Dropout(drop), nn.Linear(4*width*(size//16)**2, features), nn.GELU(), nn.Dropout(drop))
+        self.register_buffer('mean', torch.zeros(k)); self.register_buffer('spread', torch.ones(k))
+
+    def measure(self, batches): # of images `(b, 50, size, size)` in [-1, 1]
+        "Learn mean and spread of each harmonic from training people."
+        s = torch.stack([torch.stack([m.mean((0,2,3)), m.square().mean((0,2,3))])*len(m) for m in (motion_images(x, self.harmonics) for x in batches)]).double().sum(0)/sum(map(len, batches))
+        self.mean.copy_(s[0]); self.spread.copy_((s[1] - s[0].square()).sqrt().clamp(min=1e-4)); return self
+
+    def forward(self, x:Tensor) -> Tensor: # `(b, 50, size, size)` in [-1, 1] -> `(b, 1, features)`
+        "One token."
+        return self.body((motion_images(x, self.harmonics) - self.mean[:,None,None])/self.spread[:,None,None])[:,None]
+
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #5eee4a19
+WAYS = dict(ecg='ECG only', aligned='ECG, aligned with CMR', cmr='CMR', conv='CMR, convolutions (ours)')
 
 def screen_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # settings of the stage
     "Sizes of a new encoder, and of the fine-tuning."
@@ -156,11 +176,12 @@ def screen_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # 
 def encoder_of(way:str, config:dict, stage=None) -> nn.Module: # what `fit_alignment` or `fit_swin` returned
     "The encoder a way begins with."
     if way not in WAYS: raise DataError(f'{way!r} is not known', field='way', remedy=f'Use one of {", ".join(WAYS)}')
-    if way != 'ecg' and stage is None: raise DataError(f'{way} begins with a trained stage', field='stage', remedy=f'Give what {"fit_alignment" if way == "aligned" else "fit_swin"} returned')
-    if way == 'ecg': torch.manual_seed(config['train']['seed']); return ECGViT(**config['vit'])
+    if way in ('aligned','cmr') and stage is None: raise DataError(f'{way} begins with a trained stage', field='stage', remedy=f'Give what {"fit_alignment" if way == "aligned" else "fit_swin"} returned')
+    torch.manual_seed(config['train']['seed'])
+    if way in ('ecg','conv'): return ECGViT(**config['vit']) if way == 'ecg' else CineNet()
     return copy.deepcopy(stage[0].ecg if way == 'aligned' else stage[0].streams[config['view']].swin).requires_grad_(True)
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #bb7b4c86
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #5011bac8
 def score(out:np.ndarray, y:np.ndarray, disease:bool) -> np.ndarray: # `(n, q)` each -> `(q,)`
     "AUROC, or Pearson's r of what is known; NaN where there is none."
     def one(a, b):
@@ -171,9 +192,9 @@ def score(out:np.ndarray, y:np.ndarray, disease:bool) -> np.ndarray: # `(n, q)` 
 
 def reader_of(way:str, cohort, config:dict, run, size:int):
     "`read(rows, rng)`: inputs of a way, augmented if there is a generator."
-    if way == 'cmr':
-        cohort.need(config['view'])
-        def read(rows, rng=None): x = to_images(cohort.batch(rows, [config['view']])[config['view']], size); return x if rng is None else augmented(x, cine_maps(len(rows), rng))
+    if way in ('cmr','conv'):
+        cohort.need(config['view']); drawn = dict(cmr={}, conv=dict(degrees=10., scale=(1, 1), ratio=(1, 1), flip=0., shift=.04))[way]
+        def read(rows, rng=None): x = to_images(cohort.batch(rows, [config['view']])[config['view']], size); return x if rng is None else augmented(x, cine_maps(len(rows), rng, **drawn))
     else:
         ecg = ecgs_of(cohort, config, run)
         def read(rows, rng=None): return drawn_ecgs(ecg[rows], config['ecg_test'] if rng is None else config['ecg'], rng)
@@ -185,7 +206,7 @@ def answers(net:Screen, read, c:Tensor, rows, batch:int=16) -> np.ndarray: # `(n
     on = net.head.weight.device
     return np.concatenate([net(read(p).to(on), c[p].to(on)).float().cpu().numpy() for p in np.array_split(rows, -(-len(rows)//batch))])
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #7c768322
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #1ace2128
 def screen_parts(cohort, question:Question, config:dict) -> tuple: # -> covariates `(n, k)`, their encoding or None, a line on what was missing, scaler or None, targets `(n, q)`
     "Everything that is learnt from training people before the network is."
     code = fit_covariates(cohort) if config['covariates'] else None
@@ -196,7 +217,7 @@ def screen_parts(cohort, question:Question, config:dict) -> tuple: # -> covariat
 
 def screen_stage(cohort, question:Question, way:str, config:dict, run, stage) -> Path:
     "The folder of a fine-tuning."
-    weights = None if way == 'ecg' else sha256_file(Path(stage[1])/('best.safetensors' if way == 'aligned' else 'model.safetensors'))
+    weights = None if stage is None else sha256_file(Path(stage[1])/('best.safetensors' if way == 'aligned' else 'model.safetensors'))
     return stage_folder(run, f'screen/{question.name}-{way}', dict(cohort=cohort.fingerprint, question=digest([question.names, np.nan_to_num(question.y, nan=-1e9).tolist()], 16), way=way, begins=weights, **config))
 
 def keep_answers(folder, cohort, question, net, read, c, scaler):
@@ -208,13 +229,14 @@ def keep_answers(folder, cohort, question, net, read, c, scaler):
     if main_process(): write_tensors(Path(folder)/'predictions.safetensors', {k:torch.from_numpy(np.ascontiguousarray(v)) for k,v in out.items()})
     return {k:score(out[f'{k}_said'], out[f'{k}_true'], question.disease) for k in ('val','test')}
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #4b9b84e9
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #51ead5b4
 def fit_screen(cohort, question:Question, way:str, config:dict, run, stage=None, device:str='auto') -> tuple: # of `WAYS`; what `fit_alignment` or `fit_swin` returned -> network, name -> array, folder
     "Fine-tune, resume or load; the arrays are rows, answers and truth of validation and test people."
     encoder = encoder_of(way, config, stage); c, code, missing, scaler, y = screen_parts(cohort, question, config)
     folder = screen_stage(cohort, question, way, config, run, stage); read = reader_of(way, cohort, config, run, getattr(encoder, 'size', 0))
     torch.manual_seed(config['train']['seed']); net = Screen(encoder, c.shape[1], y.shape[1], config['relu']); train, val = (question.rows(cohort, s) for s in ('train','val'))
     if not finished(folder):
+        if way == 'conv': encoder.measure([read(p) for p in np.array_split(train, -(-len(train)//64))])
         print(f'{question.name}, {WAYS[way]}: {len(train)} training people; {missing}')
         def loss(m, index, rng):
             rows = train[index.numpy()]; on = m.head.weight.device
