@@ -7,7 +7,8 @@ __all__ = ['LEADS', 'FS', 'FROM_I_II', 'REFRACTORY', 'RATE', 'EIGHT', 'SHAPE', '
            'twelve', 'resample', 'block_tops', 'rank', 'tame', 'height_and_noise', 'qrs_energy', 'beat_shapes',
            'resemblance', 'best_chain', 'usual_rr', 'beats_in', 'find_qrs', 'sure', 'r_peaks', 'check_numbers',
            'check_unit', 'checked_qrs', 'check_ecg', 'ECG', 'standard_ecg', 'to_mv', 'first_bytes', 'readers',
-           'read_ecg', 'window', 'windows', 'phase_at', 'complete_cycles', 'ecg_paper', 'plot_ecg', 'plot_phase']
+           'read_ecg', 'window', 'windows', 'phase_at', 'complete_cycles', 'ecg_paper', 'paper_height', 'plot_ecg',
+           'plot_phase']
 
 # %% ../nbs/00_ecg.ipynb #cd331941
 import re, warnings
@@ -400,22 +401,28 @@ def ecg_paper(ax, width, height, # millimetres
     ax.set(xlim=(0,width), ylim=(0,height), aspect='equal')
     ax.axis('off')
 
-# %% ../nbs/00_ecg.ipynb #21e43fb9
+# %% ../nbs/00_ecg.ipynb #8d4f6b09
 _ROWS = [LEADS[k::3] for k in range(3)] + [('II',)]  # I aVR V1 V4 / II aVL V2 V5 / III aVF V3 V6 / rhythm strip
+
+def paper_height(mv:np.ndarray, fs:float=FS) -> int: # `(12, n)` millivolt -> mm
+    "Four rows, and more paper for tall R waves in the first one."
+    n = int(10*fs); up = [10*np.nan_to_num(mv[LEADS.index(o),c*n//4:(c+1)*n//4] - np.median(mv[LEADS.index(o),:n])).max(initial=0) for c,o in enumerate(_ROWS[0])]
+    return 110 + 5*max(0, int(np.ceil((max(up) - 14)/5)))
 
 def plot_ecg(mv:np.ndarray, # `(12, n)` millivolt, at least 10 s
              fs:float=FS,   # Hz
              title='',      # above the paper
              ax=None,       # axes to draw in
+             height:float=0, # mm of paper; 0: as `paper_height` says
             ):              # the axes
     "A 12-lead strip on ECG paper: 3 rows of 4 leads and a rhythm strip, 25 mm/s, 10 mm/mV."
     left,row,n = 10,25,int(10*fs)  # mm of calibration, mm a row, samples drawn
     if mv.shape[0] != 12 or mv.shape[1] < n: raise DataError(f'shape {mv.shape} is not 12 leads of at least 10 s', field='plot')
-    width,height = left + 255,4*row + 10
+    width,base = left + 255,4*row + 10; height = height or paper_height(mv, fs)
     if ax is None: _,ax = plt.subplots(figsize=(9, 9*height/width + .3), dpi=110, layout='tight')
     ecg_paper(ax, width, height)
     for r,leads in enumerate(_ROWS):
-        y0,part = height - (r+.5)*row - 2.5,n//len(leads)
+        y0,part = base - (r+.5)*row - 2.5,n//len(leads)
         ax.plot(np.array([0, 1, 1, 6, 6, 7]) + 2, y0 + np.array([0, 0, 10, 10, 0, 0]), color='k', lw=.8)
         for c,lead in enumerate(leads):
             x,at = mv[LEADS.index(lead)],slice(c*part, (c+1)*part)

@@ -10,7 +10,7 @@ __all__ = ['FORMAT', 'CONFIDENCE', 'TURING', 'CARDIOMYOPATHY', 'STYLE', 'BODY', 
            'page_html', 'write_study', 'open_study', 'answer_files', 'read_file', 'check_answers', 'check_washout',
            'read_answers', 'write_answers']
 
-# %% ../nbs/18_readers.ipynb #e8ae40b8
+# %% ../nbs/18_readers.ipynb #f15daab5
 import base64, hashlib, json, re, zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .ecg import DataError, plot_ecg
+from .ecg import DataError, paper_height, plot_ecg
 from .files import atomic_write, digest, read_json, write_json
 from .cine import to_uint8
 from .stats import auc_interval
@@ -130,13 +130,13 @@ def spread(which:list, rng, apart:int=10) -> list: # what each showing shows -> 
         k, j = near[0], int(rng.integers(len(order))); order[k], order[j] = order[j], order[k]
     return order
 
-# %% ../nbs/18_readers.ipynb #76d2e6ff
+# %% ../nbs/18_readers.ipynb #f97908ad
 def ecg_pictures(ecgs, px_mm:int=4, colours:int=32) -> tuple: # `(n, 12, 5000)` mV; pixels a millimetre -> `(n, h, w)` uint8, palette '#rrggbb'
     "Strips on ECG paper as pictures of one palette."
-    out, palette = [], None
+    out, palette, tall = [], None, max(map(paper_height, ecgs))     # one height for all
     for mv in ecgs:
-        fig = plt.figure(figsize=(265/25.4, 110/25.4), dpi=25.4*px_mm); ax = fig.add_axes([0, 0, 1, 1])
-        plot_ecg(np.asarray(mv), ax=ax); fig.canvas.draw(); rgb = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[...,:3].copy()); plt.close(fig)
+        fig = plt.figure(figsize=(265/25.4, tall/25.4), dpi=25.4*px_mm); ax = fig.add_axes([0, 0, 1, 1])
+        plot_ecg(np.asarray(mv), ax=ax, height=tall); fig.canvas.draw(); rgb = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[...,:3].copy()); plt.close(fig)
         palette = palette or rgb.quantize(colours, Image.Quantize.MAXCOVERAGE)
         out.append(np.asarray(rgb.quantize(palette=palette, dither=Image.Dither.NONE), np.uint8))
     rgb = np.reshape(palette.getpalette()[:3*colours], (-1,3))

@@ -1,9 +1,10 @@
 "What the tests share: the top folder, the real recordings, and fresh kernels."
-import os
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from filelock import FileLock
 from ecgflowcmr.ecg import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -11,6 +12,16 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # two tests run side by side (pyt
 
 
 LONG = 'notebooks papermill generation_quality processes downstream build synthesis benchmarks cohort virtual stats cardiacnets generate readers'.split()  # longest first
+
+
+def pytest_configure(config):
+    "A name for what the tests of this session share; workers inherit it."
+    os.environ.setdefault('ECGFLOWCMR_TEST_RUN', f'test-shared-{os.getpid()}')
+
+
+def pytest_sessionfinish(session):
+    "Nothing stays in runs/."
+    if not hasattr(session.config, 'workerinput'): shutil.rmtree(ROOT/'runs'/os.environ['ECGFLOWCMR_TEST_RUN'], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
@@ -32,6 +43,20 @@ def fixtures():
     if not folder: pytest.skip('ECGFLOWCMR_FIXTURES is not set: it names the folder of real recordings')
     if not Path(folder).is_dir(): pytest.fail(f'ECGFLOWCMR_FIXTURES={folder}: no such folder')
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope='session')
+def smoke():
+    "A run in this checkout, trained from nothing by the README's command: its name, and how the command ended. Whoever comes first trains it, for all tests of all workers."
+    run = os.environ['ECGFLOWCMR_TEST_RUN']
+    folder = ROOT/'runs'/run
+    folder.mkdir(parents=True, exist_ok=True)
+    cmd = [str(Path(sys.executable).parent/'papermill'), 'nbs/30_amdf_train.ipynb', '-p', 'preset', 'smoke', '-p', 'run', run]
+    with FileLock(folder/'.lock'):
+        if not (folder/'command.json').exists():
+            res = subprocess.run(cmd, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+            (folder/'command.json').write_text(json.dumps([res.returncode, res.stdout, res.stderr]))
+    return run, subprocess.CompletedProcess(cmd, *json.loads((folder/'command.json').read_text()))
 
 
 @pytest.fixture

@@ -53,9 +53,9 @@ def test_screening_labels_and_subtypes(run, here):
 
 
 @pytest.mark.slow
-def test_phenotypes_of_generated_cines(run, here):
+def test_phenotypes_of_generated_cines(smoke, here):
     "Both views drawn and read; asked again, nothing is drawn anew."
-    run, _ = run
+    run = ROOT/'runs'/smoke[0]
     asked = dict(preset='smoke', run=run.name, subjects=6, seconds=.5, settings='train.epochs=1')
     here('65_phenotypes_from_generated.ipynb', **asked)
     every = pd.read_csv(run/'figures'/'phenotypes_generated_all.csv', index_col=0)

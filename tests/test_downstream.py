@@ -1,7 +1,7 @@
 "Tables 2 to 4: the disease table at the smoke preset in a fresh kernel, planted leaks, a job that is killed, and bad input."
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import nbformat, numpy as np, pandas as pd
+import numpy as np, pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -40,19 +40,20 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_table_2_fold_by_fold(run, papermill_run):
+def test_table_2_fold_by_fold(run, papermill_run, cells, capsys):
     made = dict(preset='smoke', run=run.name, methods=ROWS, diseases='cm', synthetic=str(run/'train'), settings=SIZES)
-    nb = papermill_run('50_disease_classification.ipynb', folds='1 2', **made)
+    papermill_run('50_disease_classification.ipynb', folds='1 2', **made)
     assert not (run/'figures'/'table2.csv').exists(), 'no table of two folds'
     kept = {o: o.stat().st_mtime_ns for o in run.glob('tune/cm/*/predictions.safetensors')}
     assert len(kept) == 6
-    nb = papermill_run('50_disease_classification.ipynb', **made)
+    shown = []
+    cells('50_disease_classification.ipynb', display=lambda *o: shown.append(' '.join(map(str, o))), **made)
     assert {o: o.stat().st_mtime_ns for o in kept} == kept, 'what was trained is read, not trained again'
     table = pd.read_csv(run/'figures'/'table2_all.csv')
     assert table['method'].tolist() == ROWS.split() and table['subjects'].tolist() == [30]*3
     assert ((table['AUC pooled: low'] < table['AUC pooled']) & (table['AUC pooled'] < table['AUC pooled: high'])).all()
     assert table['p (Holm)'].notna().tolist() == [True, False, True] and table.loc[1, 'AUC, as published'] == '0.806 ± 0.054'
-    text = json.dumps(nbformat.from_dict(nb)) + ''.join(o.read_text() for o in run.glob('figures/*.[cj]s*'))
+    text = capsys.readouterr().out + ''.join(shown) + ''.join(o.read_text() for o in run.glob('figures/*.[cj]s*'))
     assert 'audit of 3 cohorts' in text and '0 in two splits, 0 cines drawn from held-out people' in text
     assert not re.search(r'v\d+-\d{6}', text), 'no subject id in an output or a table'
     assert not list(run.glob('tune/**/model.safetensors')), 'a fold leaves outputs, not weights'

@@ -1,5 +1,5 @@
-"Table 1 and Figure 2 at the smoke preset, each in fresh kernels: what they leave, that they go on where they stopped, and what they refuse."
-import json, os, shutil
+"Table 1 and Figure 2 at the smoke preset, in fresh kernels the first time: what they leave, that they go on where they stopped, and what they refuse."
+import json
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -7,12 +7,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    "A run of its own with the cohort, encoder and VAE of the smoke preset; removed afterwards."
-    name = f'test-quality-{os.getpid()}'
-    yield ROOT/'runs'/name
-    shutil.rmtree(ROOT/'runs'/name, ignore_errors=True)
+@pytest.fixture
+def run(smoke):
+    "The run of all tests: encoder, VAE and field of the smoke preset are there."
+    name, res = smoke
+    assert res.returncode == 0, res.stderr[-3000:]
+    return ROOT/'runs'/name
 
 
 @pytest.mark.slow
@@ -31,20 +31,20 @@ def test_table_1(run, papermill_run):
 
 
 @pytest.mark.slow
-def test_table_1_goes_on_system_by_system(run, papermill_run):
+def test_table_1_goes_on_system_by_system(run, cells):
     kept = sorted((run/'table1').glob('*/verdict-*.json'))
     before = {o: o.read_bytes() for o in kept}
     lost = next(o for o in kept if 'harmonic' in o.parent.name)
     lost.unlink()
-    papermill_run('40_generation_quality.ipynb', preset='smoke', run=run.name, systems='crossmodal harmonic')
+    cells('40_generation_quality.ipynb', preset='smoke', run=run.name, systems='crossmodal harmonic')
     assert {o: o.read_bytes() for o in kept} == before, 'judged again from the kept cines: the same verdict'
 
 
 @pytest.mark.slow
-def test_ablation_and_noise_scale(run, papermill_run):
+def test_ablation_and_noise_scale(run, papermill_run, cells):
     papermill_run('41_ablation.ipynb', preset='smoke', run=run.name, variants='whole no_ecg vae_per_frame')
     assert pd.read_csv(run/'figures'/'ablation.csv')['variant'].tolist() == ['everything', 'without ECG', 'VAE for each frame alone']
-    papermill_run('42_noise_scale.ipynb', preset='smoke', run=run.name, alphas='.5 1')
+    cells('42_noise_scale.ipynb', preset='smoke', run=run.name, alphas='.5 1')
     table = pd.read_csv(run/'figures'/'noise_scale.csv', index_col=0)
     assert table.index.tolist() == [.5, 1.] and table['LPIPS'].notna().all()
 

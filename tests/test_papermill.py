@@ -145,14 +145,6 @@ def test_cleaning_keeps_the_parameters_and_nbdev_test_skips(tree):
     assert subprocess.run([BIN/'nbdev_test', '--n_workers', '0'], cwd=tree).returncode == 0, 'front matter keeps nbdev_test out'
 
 
-@pytest.fixture(scope='module')
-def smoke():
-    "A run of its own in this checkout, trained from nothing by the README's command; removed afterwards."
-    run = f'test-{os.getpid()}'
-    yield run, call('nbs/30_amdf_train.ipynb', '-p', 'preset', 'smoke', '-p', 'run', run, cwd=ROOT, stdin=subprocess.DEVNULL)
-    shutil.rmtree(ROOT/'runs'/run, ignore_errors=True)
-
-
 @pytest.mark.slow
 def test_the_chain_from_nothing(smoke):
     run, res = smoke

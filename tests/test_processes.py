@@ -257,12 +257,12 @@ def test_two_processes_train_the_encoder_of_the_smoke_preset_as_one_does(tmp_pat
     run = f'test-two-{os.getpid()}'
     try:
         data = cohort_at('virtual', ROOT, n=COHORT_SIZE['smoke'], seed=0, need=('ecg', 'la'))
-        p = torchrun('--no-python', BIN/'papermill', 'nbs/20_pamae_train.ipynb', '-p', 'preset', 'smoke', '-p', 'run', run)
+        p = torchrun('--no-python', BIN/'papermill', 'nbs/20_pamae_train.ipynb', '-p', 'preset', 'smoke', '-p', 'run', run, '-p', 'settings', 'pamae.train.steps=20')
         _, err = p.communicate(timeout=400)
         assert p.returncode == 0, err[-3000:]
         assert {'20_pamae_train.ipynb', '20_pamae_train.rank1.ipynb'} <= {o.name for o in (ROOT/'runs'/run).iterdir()}
         config = pamae_config('smoke', 0)
-        fit_pamae(data, config | dict(train=config['train'] | dict(accumulate=2)), tmp_path, 'cpu')
+        fit_pamae(data, config | dict(train=config['train'] | dict(steps=20, accumulate=2)), tmp_path, 'cpu')
         a, b = read_log(ROOT/'runs'/run/'pamae'), read_log(tmp_path/'pamae')
         np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-3)
         np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=1e-2)

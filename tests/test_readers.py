@@ -188,7 +188,7 @@ def run():
 
 
 @pytest.mark.slow
-def test_turing_test(run, cohort, papermill_run):
+def test_turing_test(run, cohort, papermill_run, cells):
     knobs = dict(preset='smoke', run=run.name, cohort=str(cohort), bundle='shipped', n=2, repeats=1, machines=2, examples=6)
     papermill_run('43_turing_test.ipynb', **knobs)
     table = pd.read_csv(run/'figures'/'turing.csv')
@@ -197,7 +197,7 @@ def test_turing_test(run, cohort, papermill_run):
     people.mkdir()
     for name, file in zip(('anna', 'bert'), sorted((run/'turing'/'machine_answers').glob('*.csv'))):   # people's answers drop in
         pd.read_csv(file, dtype=str).assign(reader=name, answer='real', confidence='1').to_csv(people/f'{name}.csv', index=False)
-    papermill_run('43_turing_test.ipynb', **knobs, answers=str(people))
+    cells('43_turing_test.ipynb', **knobs, answers=str(people))
     table = pd.read_csv(run/'figures'/'turing.csv')
     assert table['reader'].tolist() == ['reader 1', 'reader 2', 'all'] and set(table['read_by']) == {'people'} and (table['accuracy'] == .5).all()
     note = json.loads((run/'figures'/'turing.json').read_text())['made_by']

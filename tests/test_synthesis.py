@@ -196,7 +196,7 @@ def test_the_shipped_bundle_takes_every_real_ecg(fixtures):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_notebook_35_writes_a_synthetic_cohort(place, root, papermill_run):
+def test_notebook_35_writes_a_synthetic_cohort(place, root, papermill_run, cells):
     "A bundle of a smoke training, in a run of its own."
     import shutil
     from ecgflowcmr.pamae import fit_pamae, pamae_config
@@ -204,7 +204,7 @@ def test_notebook_35_writes_a_synthetic_cohort(place, root, papermill_run):
     try:
         g = ECGFlowCMR(TOY | dict(pamae=pamae_config('smoke')['model'], dit=TOY['dit'] | dict(features=64)))
         g.pamae = fit_pamae(real, pamae_config('smoke'), out)[0]; g.save_pretrained(place/'smoke', kind='virtual', subjects=14, cohort=real.fingerprint, config=dict(recipe='harmonic', train=dict(seed=0)))
-        for _ in range(2): papermill_run('35_generate.ipynb', bundle=str(place/'smoke'), cohort=str(place/'real'), per_subject=2, split='train', run=run, preset='smoke', steps=1)
+        for again in (papermill_run, cells): again('35_generate.ipynb', bundle=str(place/'smoke'), cohort=str(place/'real'), per_subject=2, split='train', run=run, preset='smoke', steps=1)
         made = [p for p in (out/'synthetic').iterdir() if p.is_dir()]
         assert len(made) == 1 and (out/'synthetic'/'done.json').exists() and (out/'synthetic'/'synthetic.png').exists()
         c = open_cohort(made[0]); assert c.manifest['synthetic'] and len(c) and audit_together([real, c], progress=False)['ok']

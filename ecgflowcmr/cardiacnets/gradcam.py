@@ -113,7 +113,7 @@ def frame_map(cam:Tensor, size) -> np.ndarray: # `(side, side)`; (height, width)
     "A map at each pixel."
     return LayerAttribution.interpolate(cam[None,None], tuple(size), 'bilinear')[0,0].numpy()
 
-# %% ../../nbs/13e_cardiacnets.gradcam.ipynb #037de7ac
+# %% ../../nbs/13e_cardiacnets.gradcam.ipynb #1a17a152
 def plot_ecg_map(mv:np.ndarray, # `(12, n)` millivolt, as it was recorded; 10 s
                  cam:Tensor,    # `(12, 50)` of `integrated` or `gradcam`
                  title:str='', ax=None, # above the paper; axes
@@ -124,7 +124,7 @@ def plot_ecg_map(mv:np.ndarray, # `(12, n)` millivolt, as it was recorded; 10 s
     ax = plot_ecg(mv, title=title, ax=ax); xlim, ylim = ax.get_xlim(), ax.get_ylim(); n = 10*FS
     red = lead_map(cam.clamp(min=0), n)/(top or float(cam.max()) or 1.); shown = 0.
     for r,leads in enumerate([LEADS[k::3] for k in range(3)] + [('II',)]):               # the rows of `plot_ecg`
-        y0, part = ylim[1] - (r + .5)*25 - 2.5, n//len(leads)
+        y0, part = 110 - (r + .5)*25 - 2.5, n//len(leads)
         for k,lead in enumerate(leads):
             at, x0 = slice(k*part, (k+1)*part), 10 + 25*k*part/FS; shown += red[LEADS.index(lead),at].sum()*(lead != 'II' or r == 3)
             ax.imshow(red[LEADS.index(lead),at][None], cmap=REDS, vmin=0, vmax=1, extent=(x0, x0 + 25*part/FS, y0 - 11, y0 + 12), aspect='auto', zorder=.5)
