@@ -125,6 +125,7 @@ def test_experiment_is_one(path):
     assert nbformat.read(path, as_version=4).metadata.kernelspec.name == 'python3'
     params = papermill.inspect_notebook(str(path))
     assert {'preset', 'recipe', 'cohort', 'run', 'seed'} <= set(params)
+    assert set(re.findall(r'^(\w+): ', tagged[0].source, re.M)) == set(params), 'papermill reads every parameter (an = in the comment hides one)'
     assert not [o for o, v in params.items() if not v['help']], 'every parameter is explained by a trailing comment'
     assert any('check_parameters(globals()' in c.source for c in cells(path))
 
