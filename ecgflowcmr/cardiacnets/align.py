@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ECGViT', 'clean_ecgs', 'ecgs_of', 'drawn_ecgs', 'cine_maps', 'augmented', 'Aligner', 'align_loss', 'retrieval',
-           'EarlyStop', 'Kept', 'judged', 'fit_kept', 'load_best', 'align_config', 'cine_vectors', 'align_data',
-           'fit_alignment']
+           'EarlyStop', 'Kept', 'judged', 'fit_kept', 'load_best', 'Harmonics', 'quarter', 'fit_harmonics',
+           'align_config', 'cine_vectors', 'align_data', 'fit_alignment']
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #ddea4b7f
+# %% ../../nbs/13b_cardiacnets.align.ipynb #a5aacd0d
 import copy
 import math
 from pathlib import Path
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from ..ecg import DataError
 from ..files import atomic_write, sha256_file
 from ..processes import barrier, main_first, main_process
 from ..clean import CARDIACNETS, clean, ecg_transform
-from ..layers import Block
+from ..layers import Block, motion_images
 from ..pace import length
 from ..train import fill, fit, finish_stage, finished, read_log, read_tensors, stage_folder, waiting, whole, write_tensors
 from .swin import both_views, info_nce, recall_at, to_images, warmed
@@ -162,47 +163,75 @@ def load_best(folder, net:nn.Module) -> nn.Module:
     fill(whole(net), read_tensors(Path(folder)/'best.safetensors', 'Delete the folder: the stage is trained again')[0], folder)
     return net.eval()
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #b00b25e6
+# %% ../../nbs/13b_cardiacnets.align.ipynb #70a82938
+class Harmonics(nn.Module):
+    "Principal components of mean and harmonics of the pixels, of each view."
+    def __init__(self, sizes:dict, components:int=48): # view -> side of its images
+        super().__init__()
+        self.sizes, self.width = dict(sizes), components
+        for v,side in sizes.items(): d = 11*(side//4)**2; self.register_buffer(f'mean_{v}', torch.zeros(d)); self.register_buffer(f'axes_{v}', torch.zeros(components, d))
+
+    def see(self, x:dict) -> dict: # view -> images `(b, 50, size, size)` in [-1, 1]; -> view -> `(b, components)`
+        "Where whole cines lie on the axes."
+        return {v:(quarter(x[v]) - getattr(self, f'mean_{v}')) @ getattr(self, f'axes_{v}').T for v in x}
+
+def quarter(x:Tensor) -> Tensor: # `(b, 50, side, side)` -> `(b, 11*(side/4)^2)`
+    "Mean and harmonics at a quarter of the resolution."
+    return F.avg_pool2d(motion_images(x), 2).flatten(1)
+
+def fit_harmonics(cohort, components:int=48, batch:int=64) -> Harmonics:
+    "Learn the axes from training people."
+    rows = both_views(cohort)[cohort.index('train')]; eyes = Harmonics({v:getattr(cohort, v).shape[-1] for v in ('la','sa')}, components)
+    for v,side in eyes.sizes.items():
+        x = torch.cat([quarter(to_images(cohort.batch(p, [v])[v], side)) for p in np.array_split(rows, -(-len(rows)//batch))])
+        spread = x.unflatten(1, (11, -1)).std((0,2)).clamp(min=1e-6).repeat_interleave(x.shape[1]//11); mean = x.mean(0)
+        axes = PCA(components, svd_solver='randomized', random_state=0).fit(((x - mean)/spread).numpy()).components_
+        getattr(eyes, f'mean_{v}').copy_(mean); getattr(eyes, f'axes_{v}').copy_(torch.from_numpy(axes)/spread)
+    return eyes
+
+# %% ../../nbs/13b_cardiacnets.align.ipynb #1c52cfae
 def align_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # settings of the stage
     "Sizes of the ECG encoder and of its training."
-    if recipe not in ('paper','released'): raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use paper or released')
+    if recipe not in ('paper','released','harmonic'): raise DataError(f'{recipe!r} is not known', field='recipe', remedy='Use paper, released or harmonic')
     vit = dict(smoke=dict(width=32, depth=1, heads=2), demo=dict(width=96, depth=3, heads=4), paper=dict(width=1024, depth=24, heads=16))[preset]
     train = dict(smoke=dict(epochs=3, warmup_epochs=1, batch=8, lr=1e-3), demo=dict(epochs=15, warmup_epochs=1, batch=16, lr=1e-3), paper=dict(epochs=400, warmup_epochs=40, batch=8, lr=1e-4))[preset]
     ecg = CARDIACNETS['train'] if recipe == 'paper' and preset == 'paper' else 'time_flip, sign_flip, minmax'
-    return dict(vit=vit, joint=256, temperature=.1, ecg=ecg, ecg_test=CARDIACNETS['test'], clean=preset == 'paper', cine=preset == 'paper',
+    own = dict(components=dict(smoke=8).get(preset, 48)) if recipe == 'harmonic' else {}
+    return own | dict(vit=vit, joint=256, temperature=.1, ecg=ecg, ecg_test=CARDIACNETS['test'], clean=preset == 'paper', cine=preset == 'paper' and not own,
                 train=dict(weight_decay=.05, betas=(.9,.95), clip=1., ema=0., seed=seed, log_every=10) | train)
 
 @torch.no_grad()
-def cine_vectors(swin, cohort, rows, batch:int=16, device='cpu') -> dict: # a `TwoStreams` -> view -> `(n, width)`
-    "What the frozen streams see in whole cines."
-    size, out = swin.streams['la'].swin.size, []
-    for part in np.array_split(rows, -(-len(rows)//batch)): b = cohort.batch(part, ['la','sa']); out.append(swin.see({v:to_images(b[v], size, device) for v in ('la','sa')}))
+def cine_vectors(eyes, cohort, rows, batch:int=16, device='cpu') -> dict: # `TwoStreams` or `Harmonics` -> view -> `(n, width)`
+    "What frozen eyes see in whole cines."
+    out = []
+    for part in np.array_split(rows, -(-len(rows)//batch)): b = cohort.batch(part, ['la','sa']); out.append(eyes.see({v:to_images(b[v], eyes.sizes[v], device) for v in ('la','sa')}))
     return {v:torch.cat([o[v].float() for o in out]) for v in ('la','sa')}
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #d69c2f4e
-def align_data(cohort, config:dict, run, swin, device) -> tuple: # -> `batch(rows, rng)`, `judge(net)`, `figures(net)`, what the streams see in training cines
+# %% ../../nbs/13b_cardiacnets.align.ipynb #efbe954b
+def align_data(cohort, config:dict, run, eyes, device) -> tuple: # `TwoStreams` or `Harmonics` -> `batch(rows, rng)`, `judge(net)`, `figures(net)`, what they see in training cines
     "What the stage trains on, chooses by and reports."
-    ecg, size = ecgs_of(cohort, config, run), swin.streams['la'].swin.size; swin = swin.to(device).eval().requires_grad_(False)
-    plain = {s:cine_vectors(swin, cohort, cohort.index(s), device=device) for s in ('train','val','test')}; at = {int(r):i for i,r in enumerate(cohort.index('train'))}
+    ecg = ecgs_of(cohort, config, run); eyes = eyes.to(device).eval().requires_grad_(False)
+    plain = {s:cine_vectors(eyes, cohort, cohort.index(s), device=device) for s in ('train','val','test')}; at = {int(r):i for i,r in enumerate(cohort.index('train'))}
     def batch(rows, rng):
         with waiting(): strips = drawn_ecgs(ecg[rows], config['ecg'], rng)
         if not config['cine']: i = [at[int(r)] for r in rows]; return strips.to(device), {v:o[i] for v,o in plain['train'].items()}
         with waiting(): b = cohort.batch(rows, ['la','sa'])
-        with torch.no_grad(): return strips.to(device), swin.see({v:augmented(to_images(b[v], size, device), cine_maps(len(rows), rng)) for v in ('la','sa')})
+        with torch.no_grad(): return strips.to(device), eyes.see({v:augmented(to_images(b[v], eyes.sizes[v], device), cine_maps(len(rows), rng)) for v in ('la','sa')})
     strips = lambda s: drawn_ecgs(ecg[cohort.index(s)], config['ecg_test']).to(device)
     def judge(net):
         x, many = strips('val'), max(2, config['train']['batch']); parts = torch.arange(len(x)).split(many)
         return np.average([align_loss(net, x[p], {v:o[p] for v,o in plain['val'].items()}, config['temperature'])['loss'].item() for p in parts], weights=[len(p) for p in parts])
     return batch, judge, lambda net: retrieval(net.to(device), strips('test'), plain['test']) | dict(subjects=len(cohort.index('test'))), plain['train']
 
-def fit_alignment(cohort, config:dict, run, swin:tuple, device:str='auto') -> tuple: # what `fit_swin` returned -> model, folder
-    "Train, resume or load the ECG encoder beside the frozen streams."
-    rows = both_views(cohort)[cohort.index('train')]; streams, where = swin
-    folder = stage_folder(run, 'alignment', dict(cohort=cohort.fingerprint, swin=sha256_file(Path(where)/'model.safetensors'), **config))
-    torch.manual_seed(config['train']['seed']); model = Aligner(config['vit'], streams.streams['la'].swin.width, config['joint'])
+def fit_alignment(cohort, config:dict, run, swin:tuple=None, device:str='auto') -> tuple: # what `fit_swin` returned; not for recipe `harmonic` -> model, folder
+    "Train, resume or load the ECG encoder beside frozen streams, or beside harmonics."
+    rows = both_views(cohort)[cohort.index('train')]; own = config.get('components')
+    if not own and swin is None: raise DataError('is missing', field='swin', remedy='Give what fit_swin returned, or align_config(recipe="harmonic")')
+    folder = stage_folder(run, 'alignment', dict(cohort=cohort.fingerprint, **({} if own else dict(swin=sha256_file(Path(swin[1])/'model.safetensors'))), **config))
+    torch.manual_seed(config['train']['seed']); model = Aligner(config['vit'], own or swin[0].width, config['joint'])
     if finished(folder): return load_best(folder, model), folder
     on = 'cuda' if device == 'auto' and torch.cuda.is_available() else 'cpu' if device == 'auto' else device
-    batch, judge, figures, seen = align_data(cohort, config, run, copy.deepcopy(streams), on); model.set_scales({v:o.cpu() for v,o in seen.items()})
+    batch, judge, figures, seen = align_data(cohort, config, run, fit_harmonics(cohort, own) if own else copy.deepcopy(swin[0]), on); model.set_scales({v:o.cpu() for v,o in seen.items()})
     loss = lambda m, index, rng: align_loss(m, *batch(rows[index.numpy()], rng), config['temperature'])
     best, summary = fit_kept(model, loss, len(rows), config['train'], folder, judge, device=device, desc='alignment')
     finish_stage(folder, figures(best), config=config, training=summary, seconds=summary['seconds'], device=summary['device'])

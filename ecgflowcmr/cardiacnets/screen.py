@@ -161,8 +161,8 @@ class CineNet(nn.Module):
         "One token."
         return self.body((motion_images(x, self.harmonics) - self.mean[:,None,None])/self.spread[:,None,None])[:,None]
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #5eee4a19
-WAYS = dict(ecg='ECG only', aligned='ECG, aligned with CMR', cmr='CMR', conv='CMR, convolutions (ours)')
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #6cfc2722
+WAYS = dict(ecg='ECG only', aligned='ECG, aligned with CMR', harmonic='ECG, aligned with harmonics (ours)', cmr='CMR', conv='CMR, convolutions (ours)')
 
 def screen_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # settings of the stage
     "Sizes of a new encoder, and of the fine-tuning."
@@ -176,10 +176,10 @@ def screen_config(preset:str='demo', seed:int=0, recipe:str='paper') -> dict: # 
 def encoder_of(way:str, config:dict, stage=None) -> nn.Module: # what `fit_alignment` or `fit_swin` returned
     "The encoder a way begins with."
     if way not in WAYS: raise DataError(f'{way!r} is not known', field='way', remedy=f'Use one of {", ".join(WAYS)}')
-    if way in ('aligned','cmr') and stage is None: raise DataError(f'{way} begins with a trained stage', field='stage', remedy=f'Give what {"fit_alignment" if way == "aligned" else "fit_swin"} returned')
+    if way in ('aligned','harmonic','cmr') and stage is None: raise DataError(f'{way} begins with a trained stage', field='stage', remedy=f'Give what {"fit_swin" if way == "cmr" else "fit_alignment"} returned')
     torch.manual_seed(config['train']['seed'])
     if way in ('ecg','conv'): return ECGViT(**config['vit']) if way == 'ecg' else CineNet()
-    return copy.deepcopy(stage[0].ecg if way == 'aligned' else stage[0].streams[config['view']].swin).requires_grad_(True)
+    return copy.deepcopy(stage[0].ecg if way != 'cmr' else stage[0].streams[config['view']].swin).requires_grad_(True)
 
 # %% ../../nbs/13c_cardiacnets.screen.ipynb #5011bac8
 def score(out:np.ndarray, y:np.ndarray, disease:bool) -> np.ndarray: # `(n, q)` each -> `(q,)`
@@ -206,7 +206,7 @@ def answers(net:Screen, read, c:Tensor, rows, batch:int=16) -> np.ndarray: # `(n
     on = net.head.weight.device
     return np.concatenate([net(read(p).to(on), c[p].to(on)).float().cpu().numpy() for p in np.array_split(rows, -(-len(rows)//batch))])
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #1ace2128
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #659cd3e7
 def screen_parts(cohort, question:Question, config:dict) -> tuple: # -> covariates `(n, k)`, their encoding or None, a line on what was missing, scaler or None, targets `(n, q)`
     "Everything that is learnt from training people before the network is."
     code = fit_covariates(cohort) if config['covariates'] else None
@@ -217,7 +217,7 @@ def screen_parts(cohort, question:Question, config:dict) -> tuple: # -> covariat
 
 def screen_stage(cohort, question:Question, way:str, config:dict, run, stage) -> Path:
     "The folder of a fine-tuning."
-    weights = None if stage is None else sha256_file(Path(stage[1])/('best.safetensors' if way == 'aligned' else 'model.safetensors'))
+    weights = None if stage is None else sha256_file(Path(stage[1])/('model.safetensors' if way == 'cmr' else 'best.safetensors'))
     return stage_folder(run, f'screen/{question.name}-{way}', dict(cohort=cohort.fingerprint, question=digest([question.names, np.nan_to_num(question.y, nan=-1e9).tolist()], 16), way=way, begins=weights, **config))
 
 def keep_answers(folder, cohort, question, net, read, c, scaler):

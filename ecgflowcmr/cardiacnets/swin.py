@@ -209,13 +209,15 @@ class Stream(nn.Module):
     def to_units(self, x:Tensor): return rearrange(x, 'b c (h p) (w q) -> b (h w) (c p q)', p=self.unit, q=self.unit)
     def from_units(self, u:Tensor): return rearrange(u, 'b (h w) (c p q) -> b c (h p) (w q)', h=self.swin.side, p=self.unit, q=self.unit)
 
-# %% ../../nbs/13a_cardiacnets.swin.ipynb #b75f02b6
+# %% ../../nbs/13a_cardiacnets.swin.ipynb #e65a10e8
 class TwoStreams(nn.Module):
     "Long axis and short axis, each filled in, and pulled together."
     def __init__(self, swin:dict, decoder:dict, joint:int=256):
         super().__init__()
         self.streams = nn.ModuleDict({v:Stream(swin, decoder) for v in ('la','sa')})
         self.join = nn.ModuleDict({v:nn.Linear(self.streams[v].swin.width, joint) for v in ('la','sa')})
+
+    width = property(lambda self: self.streams['la'].swin.width); sizes = property(lambda self: {v:s.swin.size for v,s in self.streams.items()})
 
     def see(self, x:dict) -> dict: # view -> images `(b, 50, size, size)`; -> view -> `(b, width)`
         "Features of whole cines."
