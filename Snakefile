@@ -238,7 +238,7 @@ rule table1:
     shell: "papermill nbs/40_generation_quality.ipynb {params}"
 
 rule phenotypes_from_generated:
-    input: code("65_phenotypes_from_generated"), rules.alignment.output, f"runs/{RUN}/baseline-ecg2cmr.done", f"runs/{RUN}/baseline-crossmodal.done"
+    input: code("65_phenotypes_from_generated"), rules.alignment.output, f"runs/{RUN}/baseline-ecg2cmr.done", f"runs/{RUN}/baseline-crossmodal.done", f"runs/{RUN}/baseline-harmonic.done"
     output: f"runs/{RUN}/phenotypes_generated/done.json"
     log: f"runs/{RUN}/65_phenotypes_from_generated.ipynb"
     threads: 2

@@ -62,7 +62,7 @@ def test_phenotypes_of_generated_cines(smoke, here):
     assert len(every) == 82 and every['n'].max() == 6 and {'generated, long axis', 'generated, short axis', 'true cine, short axis'} <= set(every)
     assert ((every['generated, long axis: low'] <= every['generated, long axis']) & (every['generated, long axis'] <= every['generated, long axis: high'])).all()
     drawn = {o: o.stat().st_mtime_ns for o in run.glob('phenotypes-*/cines.npy')}
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     said = here('65_phenotypes_from_generated.ipynb', **asked)
     assert {o: o.stat().st_mtime_ns for o in drawn} == drawn and 'mean r of 82 phenotypes' in said
 
