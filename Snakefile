@@ -133,8 +133,16 @@ rule alignment:
     params: CARDIACNETS
     shell: MANY + "papermill nbs/61_alignment_train.ipynb {params}"
 
+rule alignment_harmonic:
+    input: code("61_alignment_train")
+    output: f"runs/{RUN}/alignment_harmonic/done.json"
+    threads: 2
+    resources: gpu=PROCESSES
+    params: CARDIACNETS
+    shell: MANY + f"papermill nbs/61_alignment_train.ipynb runs/{RUN}/61_alignment_harmonic.ipynb {{params}} -p recipe harmonic"
+
 rule screening:
-    input: code("62_screening"), rules.alignment.output
+    input: code("62_screening"), rules.alignment.output, rules.alignment_harmonic.output
     output: f"runs/{RUN}/screening/done.json"
     log: f"runs/{RUN}/62_screening.ipynb"
     threads: 2
@@ -143,7 +151,7 @@ rule screening:
     shell: MANY + "papermill nbs/62_screening.ipynb {params}"
 
 rule label_efficiency:
-    input: code("63_label_efficiency"), rules.alignment.output
+    input: code("63_label_efficiency"), rules.alignment.output, rules.alignment_harmonic.output
     output: f"runs/{RUN}/label_efficiency/done.json"
     log: f"runs/{RUN}/63_label_efficiency.ipynb"
     threads: 2
@@ -152,7 +160,7 @@ rule label_efficiency:
     shell: MANY + "papermill nbs/63_label_efficiency.ipynb {params}"
 
 rule subtypes:
-    input: code("64_subtypes"), rules.alignment.output
+    input: code("64_subtypes"), rules.alignment.output, rules.alignment_harmonic.output
     output: f"runs/{RUN}/subtypes/done.json"
     log: f"runs/{RUN}/64_subtypes.ipynb"
     threads: 2

@@ -207,7 +207,7 @@ def cine_vectors(eyes, cohort, rows, batch:int=16, device='cpu') -> dict: # `Two
     for part in np.array_split(rows, -(-len(rows)//batch)): b = cohort.batch(part, ['la','sa']); out.append(eyes.see({v:to_images(b[v], eyes.sizes[v], device) for v in ('la','sa')}))
     return {v:torch.cat([o[v].float() for o in out]) for v in ('la','sa')}
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #efbe954b
+# %% ../../nbs/13b_cardiacnets.align.ipynb #0f378e3f
 def align_data(cohort, config:dict, run, eyes, device) -> tuple: # `TwoStreams` or `Harmonics` -> `batch(rows, rng)`, `judge(net)`, `figures(net)`, what they see in training cines
     "What the stage trains on, chooses by and reports."
     ecg = ecgs_of(cohort, config, run); eyes = eyes.to(device).eval().requires_grad_(False)
@@ -227,7 +227,7 @@ def fit_alignment(cohort, config:dict, run, swin:tuple=None, device:str='auto') 
     "Train, resume or load the ECG encoder beside frozen streams, or beside harmonics."
     rows = both_views(cohort)[cohort.index('train')]; own = config.get('components')
     if not own and swin is None: raise DataError('is missing', field='swin', remedy='Give what fit_swin returned, or align_config(recipe="harmonic")')
-    folder = stage_folder(run, 'alignment', dict(cohort=cohort.fingerprint, **({} if own else dict(swin=sha256_file(Path(swin[1])/'model.safetensors'))), **config))
+    folder = stage_folder(run, 'alignment_harmonic' if own else 'alignment', dict(cohort=cohort.fingerprint, **({} if own else dict(swin=sha256_file(Path(swin[1])/'model.safetensors'))), **config))
     torch.manual_seed(config['train']['seed']); model = Aligner(config['vit'], own or swin[0].width, config['joint'])
     if finished(folder): return load_best(folder, model), folder
     on = 'cuda' if device == 'auto' and torch.cuda.is_available() else 'cpu' if device == 'auto' else device
