@@ -193,7 +193,7 @@ def verdicts(table:pd.DataFrame) -> pd.DataFrame: # of `with_stars`
     t = table[table['difference'].notna()]
     return pd.DataFrame({'claim':[CLAIMS[w] for w in t['way']], 'of':t['what'].tolist(), 'verdict':[verdict(a, b) for a,b in zip(t['difference: low'], t['difference: high'])], 'difference':[f'{d:+.3f} ({a:+.3f} to {b:+.3f})' for d,a,b in zip(t['difference'], t['difference: low'], t['difference: high'])]}).sort_values('claim', kind='stable').set_index('claim')
 
-# %% ../nbs/16c_screening.ipynb #2f25b7c6
+# %% ../nbs/16c_screening.ipynb #6b2a0670
 WAY_COLOURS = dict(ecg='#9aa5ad', aligned='#30688f', harmonic='#5fa8d3', cmr='#d1603d', conv='#8f3d1f')
 
 def ways_axes(ax, table:pd.DataFrame, key:str='AUROC', chance:float=.5): # of `with_stars`
@@ -208,7 +208,7 @@ def ways_axes(ax, table:pd.DataFrame, key:str='AUROC', chance:float=.5): # of `w
         ax.plot([x - back, x], [top, top], color='black', lw=.7); ax.text(x - back/2, top, r['stars'], ha='center', va='bottom', fontsize=8)
     for w in ways: ax.bar(0, 0, bottom=chance, color=WAY_COLOURS[w], label=WAYS[w])
     if any(drawn.values()): ax.set_ylim(top=max(high[g] + step*(1 + 2*n) for g,n in drawn.items()))
-    low, _ = ax.get_ylim(); ax.set_yticks([t for t in ax.get_yticks() if low <= t <= 1])
+    low = min(ax.get_ylim()[0], table[f'{key}: low'].min() - .02); ax.set_ylim(bottom=low); ax.set_yticks([t for t in ax.get_yticks() if low <= t <= 1])
     ax.axhline(chance, color='#888888', lw=.7); ax.set(xticks=range(len(groups)), ylabel=key); ax.set_xticklabels(groups); ax.spines[['top','right']].set_visible(False)
 
 # %% ../nbs/16c_screening.ipynb #eabbbad8
