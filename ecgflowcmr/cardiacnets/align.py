@@ -163,7 +163,7 @@ def load_best(folder, net:nn.Module) -> nn.Module:
     fill(whole(net), read_tensors(Path(folder)/'best.safetensors', 'Delete the folder: the stage is trained again')[0], folder)
     return net.eval()
 
-# %% ../../nbs/13b_cardiacnets.align.ipynb #70a82938
+# %% ../../nbs/13b_cardiacnets.align.ipynb #7115c204
 class Harmonics(nn.Module):
     "Principal components of mean and harmonics of the pixels, of each view."
     def __init__(self, sizes:dict, components:int=48): # view -> side of its images
@@ -181,7 +181,9 @@ def quarter(x:Tensor) -> Tensor: # `(b, 50, side, side)` -> `(b, 11*(side/4)^2)`
 
 def fit_harmonics(cohort, components:int=48, batch:int=64) -> Harmonics:
     "Learn the axes from training people."
-    rows = both_views(cohort)[cohort.index('train')]; eyes = Harmonics({v:getattr(cohort, v).shape[-1] for v in ('la','sa')}, components)
+    rows = both_views(cohort)[cohort.index('train')]
+    if components >= len(rows): raise DataError(f'{components} components of {len(rows)} training people', file=cohort.folder, field='components', remedy='Take a larger cohort or fewer components')
+    eyes = Harmonics({v:getattr(cohort, v).shape[-1] for v in ('la','sa')}, components)
     for v,side in eyes.sizes.items():
         x = torch.cat([quarter(to_images(cohort.batch(p, [v])[v], side)) for p in np.array_split(rows, -(-len(rows)//batch))])
         spread = x.unflatten(1, (11, -1)).std((0,2)).clamp(min=1e-6).repeat_interleave(x.shape[1]//11); mean = x.mean(0)
