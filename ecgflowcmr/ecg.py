@@ -401,7 +401,7 @@ def ecg_paper(ax, width, height, # millimetres
     ax.set(xlim=(0,width), ylim=(0,height), aspect='equal')
     ax.axis('off')
 
-# %% ../nbs/00_ecg.ipynb #8d4f6b09
+# %% ../nbs/00_ecg.ipynb #6f20fc21
 _ROWS = [LEADS[k::3] for k in range(3)] + [('II',)]  # I aVR V1 V4 / II aVL V2 V5 / III aVF V3 V6 / rhythm strip
 
 def paper_height(mv:np.ndarray, fs:float=FS) -> int: # `(12, n)` millivolt -> mm
@@ -409,6 +409,7 @@ def paper_height(mv:np.ndarray, fs:float=FS) -> int: # `(12, n)` millivolt -> mm
     n = int(10*fs); up = [10*np.nan_to_num(mv[LEADS.index(o),c*n//4:(c+1)*n//4] - np.median(mv[LEADS.index(o),:n])).max(initial=0) for c,o in enumerate(_ROWS[0])]
     return 110 + 5*max(0, int(np.ceil((max(up) - 14)/5)))
 
+# %% ../nbs/00_ecg.ipynb #8ba81fb0
 def plot_ecg(mv:np.ndarray, # `(12, n)` millivolt, at least 10 s
              fs:float=FS,   # Hz
              title='',      # above the paper
