@@ -8,7 +8,7 @@ __all__ = ['READ', 'ALSO', 'FRAMES', 'HARMONICS', 'stored_cines', 'motion_images
            'extra_truth', 'labelled', 'reader_config', 'set_scales', 'reader_loss', 'reader_figures', 'read_stored',
            'fit_reader', 'correlation', 'permutation_p', 'interval', 'agreement', 'others']
 
-# %% ../nbs/15_fidelity.ipynb #fa2b15de
+# %% ../nbs/15_fidelity.ipynb #91a15bf2
 import re
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .virtual.heart import time_course
 from .virtual.people import virtual_person
 from .segment import segment
 from .train import fit, finish_stage, finished, load_stage, read_tensors, stage_folder, training_steps, write_tensors
-from .layers import fourier_basis, motion_images
+from .layers import fourier_basis, motion_body, motion_images
 
 # %% ../nbs/15_fidelity.ipynb #984b248d
 READ = ('LVEDV', 'LVESV', 'LVEF', 'LVM', 'RVEDV', 'RVEF', 'LA_max_vol', 'RA_max_vol', 'HR')  # what is read; HR in 1/min
@@ -116,13 +116,12 @@ def roughen(x:Tensor,             # motion images `(b, 11, 48, 48)`
     gain = torch.tensor([.14] + [.5]*(x.shape[1]-1), device=x.device)[:,None,None]
     return x + .02*u(b,1,1,1)*gain*torch.randn(x.shape, generator=rng).to(x.device)
 
-# %% ../nbs/15_fidelity.ipynb #212fa350
+# %% ../nbs/15_fidelity.ipynb #162ad1bb
 class Reader(nn.Module):
     "Phenotypes and the volume-time curve from motion images."
     def __init__(self, width:int=32, curve:int=FRAMES):
         super().__init__()
-        conv = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())
-        self.body = nn.Sequential(conv(1+2*HARMONICS, width), conv(width, 2*width), conv(2*width, 4*width), nn.Flatten(), nn.Linear(4*width*36, 128), nn.GELU())
+        self.body = motion_body(1+2*HARMONICS, width, 48)
         k = len(READ) + len(ALSO); self.head = nn.Linear(128, k+curve)
         for name,n in dict(mean=k, std=k, course=curve, course_std=curve, seen=1+2*HARMONICS, seen_std=1+2*HARMONICS).items():
             self.register_buffer(name, torch.ones(n) if name.endswith('std') else torch.zeros(n))

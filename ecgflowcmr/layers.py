@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sinusoid', 'periodic', 'rotary', 'attend', 'Attention', 'mlp', 'Block', 'LocalMLP', 'AdaBlock', 'lerp1d',
-           'roi_align1d', 'fourier_basis', 'motion_images']
+           'roi_align1d', 'fourier_basis', 'motion_images', 'motion_body']
 
 # %% ../nbs/08_layers.ipynb #214673b5
 import math
@@ -138,7 +138,7 @@ def roi_align1d(x:Tensor,      # features `(b, c, t)`
     at = start[:,None] + (torch.arange(size*samples, device=x.device)+.5)*step[:,None]
     return rearrange(lerp1d(x[b.long()], at-.5), 'n c (k s) -> n c k s', s=samples).mean(-1)
 
-# %% ../nbs/08_layers.ipynb #f587581b
+# %% ../nbs/08_layers.ipynb #0875fdd2
 def fourier_basis(n:int,         # frames
                   harmonics:int, # at most (n-1)//2
                  ) -> Tensor:    # `(2*harmonics+1, n)`, orthonormal rows
@@ -152,3 +152,9 @@ def motion_images(cines:Tensor, harmonics:int=5) -> Tensor: # `(b, 50, h, w)` in
     x = torch.einsum('kt,bthw->bkhw', fourier_basis(cines.shape[1], harmonics).to(cines.device), cines)
     gain = torch.tensor([.14] + 2*harmonics*[.5], device=cines.device)[:,None,None]
     return F.avg_pool2d(x*gain, 2)
+
+def motion_body(channels:int, width:int, side:int, features:int=128, drop:float=0.) -> nn.Sequential: # of `motion_images`; share dropped -> module, `(b, channels, side, side)` to `(b, features)`
+    "Three convolutions and a linear layer that knows places."
+    conv = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())
+    lost = [nn.Dropout(drop)] if drop else []
+    return nn.Sequential(conv(channels, width), conv(width, 2*width), conv(2*width, 4*width), nn.Flatten(), *lost, nn.Linear(4*width*(side//8)**2, features), nn.GELU(), *lost)

@@ -16,7 +16,7 @@ LONG = 'notebooks papermill generation_quality processes downstream build synthe
 
 def pytest_configure(config):
     "A name for what the tests of this session share; workers inherit it."
-    os.environ.setdefault('ECGFLOWCMR_TEST_RUN', f'test-shared-{os.getpid()}')
+    if not hasattr(config, 'workerinput'): os.environ['ECGFLOWCMR_TEST_RUN'] = f'test-shared-{os.getpid()}'  # never a name from outside: it is removed in the end
 
 
 def pytest_sessionfinish(session):

@@ -7,7 +7,7 @@ __all__ = ['NUMBERS', 'CATEGORIES', 'WAYS', 'label', 'Covariates', 'fit_covariat
            'ask_phenotypes', 'FiLM', 'Screen', 'screen_loss', 'CineNet', 'screen_config', 'encoder_of', 'score',
            'reader_of', 'answers', 'screen_parts', 'screen_stage', 'keep_answers', 'fit_screen']
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #0666e973
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #90458083
 import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..processes import main_process
 from ..clean import CARDIACNETS
 from ..cohort import fit_scaler
 from ..diagnoses import GROUPS, groups_of
-from ..layers import motion_images
+from ..layers import motion_body, motion_images
 from ..train import finish_stage, finished, read_tensors, stage_folder, waiting, write_tensors
 from .swin import to_images
 from .align import ECGViT, augmented, cine_maps, drawn_ecgs, ecgs_of, fit_kept, load_best
@@ -142,20 +142,20 @@ def screen_loss(out:Tensor, y:Tensor, disease:bool) -> Tensor: # `(b, q)` each, 
     e = F.binary_cross_entropy_with_logits(out, t, reduction='none') if disease else (out - t).square()
     return (e*known).sum()/known.sum().clamp(min=1)
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #4169a9b1
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #142cc9e0
 class CineNet(nn.Module):
     "Convolutions on mean and harmonics of the pixels."
     def __init__(self, size:int=96, width:int=32, features:int=128, harmonics:int=5, drop:float=.3):
         super().__init__()
         self.size, self.width, self.harmonics, k = size, features, harmonics, 1 + 2*harmonics
-        conv = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())
-        self.body = nn.Sequential(conv(k, width), conv(width, 2*width), conv(2*width, 4*width), nn.Flatten(), nn.Dropout(drop), nn.Linear(4*width*(size//16)**2, features), nn.GELU(), nn.Dropout(drop))
+        self.body = motion_body(k, width, size//2, features, drop)
         self.register_buffer('mean', torch.zeros(k)); self.register_buffer('spread', torch.ones(k))
 
     def measure(self, batches): # of images `(b, 50, size, size)` in [-1, 1]
         "Learn mean and spread of each harmonic from training people."
-        s = torch.stack([torch.stack([m.mean((0,2,3)), m.square().mean((0,2,3))])*len(m) for m in (motion_images(x, self.harmonics) for x in batches)]).double().sum(0)/sum(map(len, batches))
-        self.mean.copy_(s[0]); self.spread.copy_((s[1] - s[0].square()).sqrt().clamp(min=1e-4)); return self
+        n, s = 0, 0.
+        for x in batches: m = motion_images(x, self.harmonics).double(); s = s + len(m)*torch.stack([m.mean((0,2,3)), m.square().mean((0,2,3))]); n += len(m)
+        s = s/n; self.mean.copy_(s[0]); self.spread.copy_((s[1] - s[0].square()).sqrt().clamp(min=1e-4)); return self
 
     def forward(self, x:Tensor) -> Tensor: # `(b, 50, size, size)` in [-1, 1] -> `(b, 1, features)`
         "One token."
@@ -229,14 +229,14 @@ def keep_answers(folder, cohort, question, net, read, c, scaler):
     if main_process(): write_tensors(Path(folder)/'predictions.safetensors', {k:torch.from_numpy(np.ascontiguousarray(v)) for k,v in out.items()})
     return {k:score(out[f'{k}_said'], out[f'{k}_true'], question.disease) for k in ('val','test')}
 
-# %% ../../nbs/13c_cardiacnets.screen.ipynb #51ead5b4
+# %% ../../nbs/13c_cardiacnets.screen.ipynb #d95ed1f8
 def fit_screen(cohort, question:Question, way:str, config:dict, run, stage=None, device:str='auto') -> tuple: # of `WAYS`; what `fit_alignment` or `fit_swin` returned -> network, name -> array, folder
     "Fine-tune, resume or load; the arrays are rows, answers and truth of validation and test people."
     encoder = encoder_of(way, config, stage); c, code, missing, scaler, y = screen_parts(cohort, question, config)
     folder = screen_stage(cohort, question, way, config, run, stage); read = reader_of(way, cohort, config, run, getattr(encoder, 'size', 0))
     torch.manual_seed(config['train']['seed']); net = Screen(encoder, c.shape[1], y.shape[1], config['relu']); train, val = (question.rows(cohort, s) for s in ('train','val'))
     if not finished(folder):
-        if way == 'conv': encoder.measure([read(p) for p in np.array_split(train, -(-len(train)//64))])
+        if way == 'conv': encoder.measure(read(p) for p in np.array_split(train, -(-len(train)//64)))
         print(f'{question.name}, {WAYS[way]}: {len(train)} training people; {missing}')
         def loss(m, index, rng):
             rows = train[index.numpy()]; on = m.head.weight.device
