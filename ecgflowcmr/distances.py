@@ -354,7 +354,7 @@ def weighted_kid(w:np.ndarray, v:np.ndarray, # how often each cine counts `(b, m
     mean = lambda a,k,b,off: ((a @ (apart(k) if off else k))*b).sum(1)/pairs(a, b, off)
     return mean(w, xx, w, True) + mean(v, yy, v, True) - 2*mean(w, xy, v, same)
 
-# %% ../nbs/15e_distances.ipynb #67eb2bfa
+# %% ../nbs/15e_distances.ipynb #7f9d5bc2
 def kid_score(drawn:Sketch, real:Sketch,
               same_subjects:bool=False,      # cines of the same number are of the same subject
               draws:int=1000, seed:int=0) -> Score:
@@ -368,7 +368,7 @@ def kid_score(drawn:Sketch, real:Sketch,
     w = resamples(m, draws, seed); v = w if together else resamples(n, draws, seed+1)
     k = weighted_kid(w, v, cine_kernel(drawn.kept, drawn.kept), cine_kernel(drawn.kept, real.kept), cine_kernel(real.kept, real.kept), same_subjects); low, high = between(k[1:])
     some = f' ({m} and {n} of them kept, {drawn.kept.shape[1]} frames each)' if drawn.about['input'] == 'frame' else f' ({m} and {n} of them kept)'
-    return Score(named('KID', drawn.about), float(k[0]), low, high, drawn.n, real.n, drawn.about['text'], drawn.about['layer'], interval=f'bootstrap over cines{some}', warning='; '.join(warned))
+    return Score(named('KID' if drawn.about['input'] == 'frame' else 'KVD', drawn.about), float(k[0]), low, high, drawn.n, real.n, drawn.about['text'], drawn.about['layer'], interval=f'bootstrap over cines{some}', warning='; '.join(warned))
 
 # %% ../nbs/15e_distances.ipynb #c1e65c2a
 PIXELS = {'PSNR (dB)':'pixels, of the whole cine, peak 2', 'SSIM':'pixels, Gaussian window of 11, SD 1.5, in [0, 1], a border of 5 left out', 'L1':'pixels, mean absolute difference'}

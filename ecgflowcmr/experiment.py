@@ -97,14 +97,15 @@ def show_where(root=None, **paths): # top folder; what=path
         p = Path(p).resolve()
         print(f"{k.replace('_',' ')}: {p.relative_to(root) if p.is_relative_to(root) else p.name}")
 
-# %% ../nbs/19b_experiment.ipynb #c6c2e1b8
+# %% ../nbs/19b_experiment.ipynb #378b042f
 def save_figure(fig,          # matplotlib figure, or None for a table alone
                 name,         # file name without ending
                 folder,       # where
                 data=None,    # the numbers: a DataFrame, or anything that JSON can hold
-                **provenance, # what made them: run, preset, seed, versions
+                **provenance, # what made them: run, preset, seed; versions of Python and libraries are added
                ) -> list:     # the files
     "Write a figure with the numbers behind it; of several processes the main one does."
+    from ecgflowcmr.train import versions  # here, because it takes seconds to import
     if not main_process(): return []
     base,res = Path(folder)/name,[]
     def write(end, f):
@@ -112,7 +113,7 @@ def save_figure(fig,          # matplotlib figure, or None for a table alone
         res.append(p)
     if fig is not None: write('.png', lambda p: fig.savefig(p, dpi=120, bbox_inches='tight', metadata={'Software': None}))
     if (table := isinstance(data, pd.DataFrame)): write('.csv', lambda p: data.to_csv(p, index=data.index.name is not None, float_format='%.6g'))
-    write_json(p := base.with_name(base.name+'.json'), dict(made_by=provenance, numbers=f'{name}.csv' if table else data))
+    write_json(p := base.with_name(base.name+'.json'), dict(made_by=dict(versions=versions()) | provenance, numbers=f'{name}.csv' if table else data))
     return res+[p]
 
 # %% ../nbs/19b_experiment.ipynb #cc0307e6

@@ -69,7 +69,7 @@ def between(draws:np.ndarray, level:float=.95) -> tuple: # low, high
     v = draws[np.isfinite(draws)]
     return tuple(np.quantile(v, [.5-level/2, .5+level/2])) if len(v) else (np.nan, np.nan)
 
-# %% ../nbs/15a_obedience.ipynb #4f8b93f5
+# %% ../nbs/15a_obedience.ipynb #f5dd7b6e
 KNOWS = .15 # rho below which, at the lower end of its interval, obedience is not defined
 
 def obedience_draws(truth, on_true, samples, predicted, w) -> dict: # as `obedience`; weights -> name -> `(b, p)`
@@ -95,10 +95,10 @@ def obedience(truth:np.ndarray,      # `(n, p)`
     if other is not None: d['shuffled'] = weighted_r(w, other, truth)
     rows = {name:table_row(d, j, k, bool(knows[j])) for j,name in enumerate(names)}
     inside = [names.index(q) for q in judged if q in names and knows[names.index(q)]]
-    rows['mean'] = mean_row(d, inside, len([q for q in judged if q in names]))
+    rows['mean'] = mean_row(d, inside, [names.index(q) for q in judged if q in names])
     return pd.DataFrame(rows).T.rename_axis('phenotype').infer_objects()
 
-# %% ../nbs/15a_obedience.ipynb #d303a0f8
+# %% ../nbs/15a_obedience.ipynb #a6fd8467
 def table_row(d:dict, j:int, k:int, knows:bool) -> dict:
     "One phenotype's row of the table, from the resamples `d` of `obedience_draws`."
     out = {}
@@ -109,13 +109,14 @@ def table_row(d:dict, j:int, k:int, knows:bool) -> dict:
         out[f'{label}: low'], out[f'{label}: high'] = between(d[key][1:,j])
     return out | dict(ceiling=float(ideal_r(d['rho'][0,j], k, d['reader'][0,j])), why='' if knows else f'undefined: the best prediction from the ECG has rho = {d["rho"][0,j]:.2f}')
 
-def mean_row(d:dict, inside:list, asked:int) -> dict:
-    "The mean over the judged phenotypes for which obedience is defined."
+def mean_row(d:dict, inside:list, asked:list) -> dict: # numbers of phenotypes
+    "The mean over the judged phenotypes: agreement of all that were asked for, obedience of those for which it is defined."
     out = {}
-    for key,label in (('obedience','obedience'), ('strict','strict obedience'), ('one_share','agreement over its ceiling')):
-        m = d[key][:,inside].mean(1) if inside else np.full(len(d[key]), np.nan)
+    for key,label,of in (('obedience','obedience',inside), ('strict','strict obedience',inside), ('one_share','agreement over its ceiling',inside), ('one','agreement, one sample',asked), ('shuffled','agreement, shuffled ECG',asked)):
+        if key not in d: continue
+        m = d[key][:,of].mean(1) if of else np.full(len(d[key]), np.nan)
         out[label] = float(m[0]); out[f'{label}: low'], out[f'{label}: high'] = between(m[1:])
-    return out | dict(why=f'mean of {len(inside)} of {asked}' if inside else 'undefined: the ECG tells nothing')
+    return out | dict(why=f'mean of {len(inside)} of {len(asked)}' if inside else 'undefined: the ECG tells nothing')
 
 # %% ../nbs/15a_obedience.ipynb #9ecad675
 def standardised(x:np.ndarray, train) -> np.ndarray: # float64, unknown values at the mean, cut at 8 SD

@@ -7,11 +7,13 @@ __all__ = ['FLICKER', 'batches_of', 'slow_motion', 'heart_region', 'temporal', '
            'compare', 'embedded', 'features_of', 'distances', 'check_samples', 'diversity', 'variance_ratio', 'radii',
            'precision_recall', 'expected_coverage', 'pixel_view', 'Space', 'leading_components', 'fit_space',
            'tile_distances', 'nearest', 'share_below', 'cell_statistic', 'closeness', 'standing_out', 'vote',
-           'votes_for_training', 'holm', 'Copying', 'judged', 'copied', 'copying', 'closest', 'closest_pairs']
+           'votes_for_training', 'holm', 'Copying', 'judged', 'copied', 'fair_space', 'copying', 'closest',
+           'closest_pairs']
 
-# %% ../nbs/15f_unseen.ipynb #f64169a7
+# %% ../nbs/15f_unseen.ipynb #a3287231
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -357,17 +359,27 @@ def copied(spaces:dict, # name -> (training `(n, c)`, held-out `(h, s, c)`, gene
     table, votes = pd.DataFrame(rows).T.rename_axis(['space','measure']).infer_objects(), votes_for_training(pool[2], *pool[:2], own, seed=seed, k=k)
     return Copying(judged(table, votes), table, votes, near, far)
 
-# %% ../nbs/15f_unseen.ipynb #3621e261
+# %% ../nbs/15f_unseen.ipynb #fb194025
+def fair_space(train:Callable, held:Callable, components:int=64, limit:int=1000, seed:int=0) -> tuple: # each makes a stream of cines -> Space, training `(n, c)`, held-out `(h, c)`
+    "Where votes are cast: components of cines drawn at random from both kinds, so that it favours neither; two passes of each stream."
+    rng, keys, raw = np.random.default_rng(seed), np.empty(0), torch.empty(0)
+    for x in chain(batches_of(train(), 'training cines'), batches_of(held(), 'held-out cines')):
+        keys, raw = np.r_[keys, rng.random(len(x))], torch.cat([raw, pixel_view(x)[:,0].cpu()]); kept = np.argsort(keys)[:limit]
+        keys, raw = keys[kept], raw[torch.from_numpy(kept)]
+    mean, basis, share = leading_components(raw, components)
+    space = Space('votes', pixel_view, 1, mean, basis, np.empty((0, basis.shape[1]), 'f4'), share)
+    return space, space.see(train(), moved=False), space.see(held(), moved=False)
+
 def copying(train:Callable, held:Callable, drawn:Callable, # each makes a new stream of cines
             embeddings:dict=None,                          # name -> embedding, besides pixels
             own:np.ndarray=None,                           # see `copied`
             components:int=64, **kw) -> Copying:
-    "Was anything copied? One cine an ECG; a pass of each stream for every space and one for the votes."
+    "Was anything copied? One cine an ECG; a pass of each stream for every space and, for the votes, two of the true ones and one of the generated."
     spaces = {}
     for name,embed in (dict(pixels=None) | (embeddings or {})).items():
         s = fit_space(name, train(), embed, components); spaces[name] = (s.train, s.see(held()), s.see(drawn()))
-    fair = fit_space('votes', drawn(), components=components)
-    return copied(spaces, (fair.see(train(), moved=False), fair.see(held(), moved=False), fair.see(drawn())), own, **kw)
+    fair, *known = fair_space(train, held, components)
+    return copied(spaces, (*known, fair.see(drawn())), own, **kw)
 
 # %% ../nbs/15f_unseen.ipynb #bced2233
 def closest(found:Copying, space:str, count:int=5, by:str='standing out', held:bool=False) -> tuple: # rows of the generated (held-out) cines, rows of the training set, values

@@ -119,24 +119,24 @@ def train_part(model:nn.Module, loss, n:int, config:dict, folder, device='auto',
     fit(model, loss, n, length(model, loss, n, config | (dict(seconds=seconds) if seconds else {}), folder, device), folder, device, desc)
     return model.cpu().eval()
 
-# %% ../../nbs/12_baselines.common.ipynb #478e9bcf
+# %% ../../nbs/12_baselines.common.ipynb #caa1b851
 def seeded(seeds, shape, draw=torch.randn) -> Tensor: # `(b, *shape)`
     "Noise, each item from a seed of its own, whatever else is in the batch."
     return torch.stack([draw(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
 class Baseline(BeatReader):
     "An encoder of ECGs, the shared VAE and a net: an ECG in, a cine out."
-    def __init__(self, system:str, net:nn.Module, pamae:nn.Module, vae:nn.Module, measures:Measures, names:list, level:float=0., pixel_mm:float=float('nan')):
-        super().__init__(dict(recipe='harmonic', system=system, measures=list(names), level=level, pixel_mm=pixel_mm))
+    def __init__(self, system:str, net:nn.Module, pamae:nn.Module, vae:nn.Module, measures:Measures, names:list, level:float=0., pixel_mm:float=float('nan'), sampling:dict=None): # sampling: how the net draws if it is not told otherwise
+        super().__init__(dict(recipe='harmonic', system=system, measures=list(names), level=level, pixel_mm=pixel_mm, sampling=dict(sampling or {})))
         self.net, self.pamae, self.vae, self.measures = net.eval(), pamae.eval(), vae.eval(), measures
 
     @torch.no_grad()
-    def sample(self, f:Tensor, rr:Tensor, seeds=None, **options) -> Tensor: # what `read_beat` gives of `b` ECGs; a seed each; steps, guidance ... of the system -> cines `(b, 50, 96, 96)` in [-1, 1]
+    def sample(self, f:Tensor, rr:Tensor, seeds=None, **options) -> Tensor: # what `read_beat` gives of `b` ECGs; a seed each; steps, guidance ... in the place of the system's own -> cines `(b, 50, 96, 96)` in [-1, 1]
         "Cines of a batch of heart beats."
         seeds = list(range(len(f)) if seeds is None else seeds)
         if len(seeds) != len(f): raise DataError(f'{len(seeds)} seeds for {len(f)} ECGs', field='seeds', remedy='Give one for each')
         with self.precision():
-            x = self.net.sample(f.to(self.device), rr.to(self.device), seeds, **options)
+            x = self.net.sample(f.to(self.device), rr.to(self.device), seeds, **(self.config['sampling'] | options))
             return (x if self.net.draws == 'cines' else self.vae.decode(x.float(), level=self.config['level'])).float().clamp(-1, 1)
 
     def generate(self, ecg, seed:int=0, **options) -> np.ndarray: # path, `ECG`, or array `(12, n)` mV at 500 Hz -> `(50, 96, 96)` in [-1, 1]

@@ -6,12 +6,11 @@
 __all__ = ['LINEAR', 'STABLE', 'scheduler', 'blocks', 'ModelScope', 'diffusion_loss', 'sample', 'modelscope_config',
            'fit_modelscope']
 
-# %% ../../nbs/12b_baselines.modelscope.ipynb #5b7cdf63
+# %% ../../nbs/12b_baselines.modelscope.ipynb #aad3308d
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet3DConditionModel
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,12 +21,13 @@ from ..layers import periodic
 from ..amdf import check_range
 from .common import ECGTokens, Pairs, seeded, train_part
 
-# %% ../../nbs/12b_baselines.modelscope.ipynb #f0b38e8b
+# %% ../../nbs/12b_baselines.modelscope.ipynb #fd217f2c
 LINEAR = dict(beta_schedule='linear', beta_start=1e-4, beta_end=.02, prediction_type='sample', rescale_betas_zero_snr=True, timestep_spacing='trailing')
 STABLE = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, prediction_type='epsilon', steps_offset=1, set_alpha_to_one=False)  # of the released model
 
-def scheduler(noise:dict) -> DDIMScheduler: # settings as diffusers names them
+def scheduler(noise:dict): # settings as diffusers names them -> its `DDIMScheduler`
     "The mixing of noise, 1,000 steps unless `num_train_timesteps` says otherwise, and DDIM."
+    from diffusers import DDIMScheduler  # here and below, because diffusers takes three seconds to import
     plan = DDIMScheduler(**dict(clip_sample=False) | noise)
     if plan.config.prediction_type == 'epsilon' and plan.config.rescale_betas_zero_snr:
         raise DataError('cannot be learnt where no signal is left', field='prediction_type epsilon', remedy="Let the net predict 'sample' or 'v_prediction', or leave rescale_betas_zero_snr out")
@@ -39,11 +39,12 @@ def blocks(levels:int, attend:int) -> dict: # attend: levels with attention, cou
     kind = lambda way: [('CrossAttn' if i < attend else '') + f'{way}Block3D' for i in range(levels)]
     return dict(down_block_types=kind('Down'), up_block_types=kind('Up')[::-1])
 
-# %% ../../nbs/12b_baselines.modelscope.ipynb #f1f6cba2
+# %% ../../nbs/12b_baselines.modelscope.ipynb #68192d68
 class ModelScope(nn.Module):
     "Latents from an ECG, by DDIM."
     draws = 'latents'
     def __init__(self, features:int, measures:int, channels:int=16, widths:tuple=(96,128), layers:int=1, attend:int=2, head:int=16, groups:int=16, context:int=96, fold:tuple=(2,2), pooled:bool=True, noise:dict=LINEAR):
+        from diffusers import UNet3DConditionModel
         super().__init__()
         self.fold, self.pooled, self.schedule, d = tuple(fold), pooled, scheduler(noise), channels*fold[0]*fold[1]**2
         self.register_buffer('mean', torch.zeros(channels,1,1,1)); self.register_buffer('spread', torch.ones(channels,1,1,1))

@@ -37,7 +37,7 @@ def system_config(system:str, preset:str='demo', seed:int=0, settings:str='') ->
     if system not in SYSTEMS: raise DataError(f'{system!r} is not known', field='system', remedy=f'Use one of {", ".join(SYSTEMS)}')
     return changed(SYSTEMS[system][0](preset, seed), settings)
 
-# %% ../../nbs/12f_baselines.systems.ipynb #b512de4b
+# %% ../../nbs/12f_baselines.systems.ipynb #92cb8497
 SECONDS = dict(smoke=(3., 2.), demo=(300., 150.), paper=(0., 0.)) # preset -> seconds of training of what draws, and of a tokenizer of its own
 
 def seconds_of(folder) -> dict: # part -> seconds; from what `fit` left
@@ -55,7 +55,7 @@ def fit_system(cohort, system:str, preset:str='demo', run='runs/demo', seed:int=
     done = finished(folder)
     net = SYSTEMS[system][1](pairs, config, folder, device, seconds, tokenizer_seconds)                # trains, or loads its parts
     if not done: finish_stage(folder, dict(parameters=sum(p.numel() for p in net.parameters()), training_subjects=len(pairs)), parts=seconds_of(folder), seconds=sum(p['seconds'] for p in seconds_of(folder).values()), config=config)
-    return Baseline(system, net, pamae[0], vae[0], measures, names, level, float(cohort.table['pixel_mm'].iloc[0])), folder
+    return Baseline(system, net, pamae[0], vae[0], measures, names, level, float(cohort.table['pixel_mm'].iloc[0]), config.get('sampling')), folder
 
 # %% ../../nbs/12f_baselines.systems.ipynb #6e50a818
 BUILT = dict(videogpt=lambda c, known, channels: VideoGPT(*known, tokenizer=c['tokenizer'], **c['model']), echopulse=lambda c, known, channels: EchoPulse(*known, tokenizer=c['tokenizer'], **c['model']),
