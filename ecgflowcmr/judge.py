@@ -167,7 +167,7 @@ def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractor
     predicted, _ = best_prediction(cohort, held, run, folder, f"regressor-{digest({k:made_of[k] for k in ('cohort','rows','seed','encoder')}, 8)}")
     return make_judges(cohort, held, reader, predicted, perceptual, looks), reads, made_of
 
-# %% ../nbs/15g_judge.ipynb #9d065a52
+# %% ../nbs/15g_judge.ipynb #d637994b
 JUDGING = 2 # a verdict of an earlier version of this chapter is made again
 
 def readings(j:Judges, stored:np.ndarray) -> dict: # drawn cines `(n, k, 50, 96, 96)` uint8 -> of `split_look`
@@ -175,6 +175,7 @@ def readings(j:Judges, stored:np.ndarray) -> dict: # drawn cines `(n, k, 50, 96,
     see = look(j.reader)
     return split_look(np.concatenate([see(x) for x in as_cines(rearrange(stored, 'n k ... -> (n k) ...'), 64)]).reshape(*stored.shape[:2], -1))
 
+# %% ../nbs/15g_judge.ipynb #0bbf1849
 def judge(j:Judges, stored:np.ndarray, seed:int=0) -> tuple: # drawn cines `(n, k, 50, 96, 96)` uint8 -> list of Score, obedience table, figures
     "Everything that chapters 15 to 15e ask of a set of cines."
     n, k = stored.shape[:2]

@@ -3,10 +3,13 @@ import numpy as np, pytest, torch
 from einops import rearrange
 from torch import nn
 from ecgflowcmr.amdf import euler, guided
+from ecgflowcmr.baselines.common import recalled
+from ecgflowcmr.cohort import build_virtual_cohort
 from ecgflowcmr.ecg import DataError
 from ecgflowcmr.frames import Frames, PaperDiT, ReleasedDiT, fit_frames, frame_flow_loss, paper_config, released_config, released_euler
 from ecgflowcmr.pamae import predicted_cycles
 from ecgflowcmr.resnet_ecg import ResNetECG, late_cycles, middle_cycle, middle_cycle_features, released_peaks, released_target, resnet_loss
+from ecgflowcmr.stages import fit_generator
 from ecgflowcmr.train import fit
 from ecgflowcmr.vae_released import Adversary, Conv3, Patch3, ReleasedVAE, check_perceptual, glare, hinge, released_vae_config, released_vae_loss
 
@@ -287,3 +290,16 @@ def test_the_settings_of_the_recipes():
     assert not r['pamae']['model']['late'] and released_config('paper', faithful=True)['pamae']['model']['late']
     assert not r['pamae']['own_peaks'] and released_config('paper', faithful=True)['pamae']['own_peaks']
     for k in ('pamae', 'vae'): assert (p[k]['train'].get('optimizer', 'adamw'), p[k]['train']['lr'], p[k]['train']['batch']) == ('adamw', 1e-4, 4)
+
+
+# --- the sampler of the recipe that is used ----------------------------------------------------------------------
+@pytest.mark.slow
+def test_harmonic_gives_each_ecg_its_own_heart_back(tmp_path):
+    "Seven hearts learnt by heart, as every baseline has to (chapter 12): chance alone would find all seven once in 800,000 times."
+    cohort = build_virtual_cohort(tmp_path/'c', 10, workers=1, progress=False)
+    rows = cohort.index('train'); true = torch.from_numpy(np.array(cohort.la[rows])).float()/127.5 - 1
+    generator, _ = fit_generator(cohort, 'smoke', 'harmonic', tmp_path/'run', 0, 'amdf.student=null amdf.train.steps=150', 'cpu')
+    f, rr, _ = generator.beats_of([cohort.ecg[i] for i in rows])
+    share, _ = recalled(generator.sample(f, rr, seeds=list(range(len(rows)))).float(), true)
+    wrong, _ = recalled(generator.sample(f.roll(1, 0), rr.roll(1, 0), seeds=list(range(len(rows)))).float(), true)
+    assert len(rows) == 7 and share == 1 and wrong == 0, 'told another ECG it draws another heart'
