@@ -57,7 +57,7 @@ def test_ablation_and_noise_scale(run, papermill_run, cells):
     table = pd.read_csv(run/'figures'/'ablation.csv', index_col='variant')
     assert table.index.tolist() == ['everything', 'without ECG', 'VAE for each frame alone'] and (table.loc['everything', ['more obedience', 'more agreement: high']] == 0).all()
     whole, deaf, frames = (np.load(next((run/'ablation').glob(f'{v}-*'))/'cines.npy').astype(float) for v in ('whole', 'no_ecg', 'vae_per_frame'))
-    assert np.abs(whole - deaf).mean() > 1 and np.abs(whole - frames).mean() > 1, 'a part that is taken out changes the picture'
+    assert np.abs(whole - deaf).mean() > 1 and (whole != frames).mean() > .05, 'a part that is taken out changes the picture: a switch that does nothing would draw the same bytes'
     cells('42_noise_scale.ipynb', preset='smoke', run=run.name, alphas='.5 1')
     table = pd.read_csv(run/'figures'/'noise_scale.csv', index_col=0)
     assert table.index.tolist() == [.5, 1.] and table['LPIPS'].notna().all()
