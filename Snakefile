@@ -222,7 +222,7 @@ rule few_steps:
     params: KNOBS
     shell: "papermill nbs/33_few_steps.ipynb {params}"
 
-SYSTEMS = "videogpt modelscope cardionets echopulse crossmodal released paper harmonic".split()  # ecg2cmr (13d) rests on two trainings of the second paper, half an hour of two cores: by name, `-p systems ...`
+SYSTEMS = "videogpt modelscope cardionets echopulse crossmodal released paper harmonic".split()  # ecg2cmr (13d) rests on two trainings of the second paper (60, 61), longer than all others together: by name, `-p systems ...`
 
 rule baselines:
     input: expand(f"runs/{RUN}/baseline-{{system}}.done", system=SYSTEMS)

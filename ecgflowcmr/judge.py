@@ -7,8 +7,8 @@ __all__ = ['JUDGING', 'Held', 'held_out', 'best_prediction', 'draw', 'as_cines',
            'sketch_of', 'make_judges', 'published', 'bench', 'readings', 'judge', 'figures_of', 'less', 'memorised',
            'unseen_figures', 'keep_verdict', 'verdict_of', 'known_beats', 'without_gaps', 'figure_name', 'figure_table']
 
-# %% ../nbs/15g_judge.ipynb #3be5018a
-import hashlib, time
+# %% ../nbs/15g_judge.ipynb #3f5e0e43
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from .ecg import DataError
 from .files import atomic_write, digest, read_json, sha256_file, write_json
 from .train import pick_device, read_tensors, write_tensors
 from .baselines.common import reference
-from .fidelity import Reader, fit_reader, interval, labelled, others, reader_config, stored_cines, systole_fraction, truth, volume_curves
-from .obedience import JUDGED, KNOWS, NAMES, average_beats, between, curve_error, fit_regressor, look, look_at_stored, machine_numbers, obedience, obedience_draws, resamples, split_look
-from .extractors import standard
+from .fidelity import Reader, fit_reader, labelled, others, reader_config, stored_cines, systole_fraction, truth, volume_curves
+from .obedience import JUDGED, NAMES, average_beats, between, curve_error, fit_regressor, look, look_at_stored, machine_numbers, obedience, obedience_draws, resamples, split_look, told
+from .extractors import standard, weights_sha256
 from .domain import domain_config, fit_domain
 from .distances import Pairs, Sketch, frechet_scores, kid_score, leading, preprocessing
 from .unseen import Copying, compare, copied, diversity, fair_space, fit_space, heart_region, precision_recall, temporal_table
@@ -152,7 +152,7 @@ def published(folder=None) -> tuple: # of the weight files; None: torch's own ->
     "The networks of the literature: LPIPS (AlexNet), FID (Inception of TensorFlow), FVD (I3D). A missing file is an error."
     return standard('lpips-alex', folder), [standard('inception-tf', folder), standard('i3d-features', folder)]
 
-# %% ../nbs/15g_judge.ipynb #aa62c0a3
+# %% ../nbs/15g_judge.ipynb #eaedee43
 def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractors:str='domain', weights=None, device:str='auto') -> tuple: # run; where what is made here is kept; 'domain' or 'standard' -> Judges, Baseline that reads ECGs, what all verdicts rest on
     "All that an experiment needs before it judges: reader, extractors, held-out subjects and their best prediction. Trained if they are not there. Networks are on the device."
     device = pick_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -162,7 +162,7 @@ def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractor
     reads, _ = reference(cohort, preset, run, seed)
     for net in (reader, reads, perceptual, *looks): net.to(device)
     held = held_out(cohort, reads, subjects, folder, seed)
-    weights_of = {k: digest([hashlib.sha256(v.cpu().numpy().tobytes()).hexdigest() for v in m.state_dict().values()], 16) for k,m in dict(encoder=reads.pamae, vae=reads.vae).items()}
+    weights_of = {k: weights_sha256(m)[:16] for k,m in dict(encoder=reads.pamae, vae=reads.vae).items()}
     made_of = dict(version=JUDGING, cohort=cohort.fingerprint, rows=digest(dict(rows=np.r_[held.rows, held.train].tolist()), 16), subjects=len(held), seed=seed, reader=sha256_file(at/'model.safetensors')[:16], extractors=[e.describe() for e in (perceptual, *looks)], **weights_of)
     predicted, _ = best_prediction(cohort, held, run, folder, f"regressor-{digest({k:made_of[k] for k in ('cohort','rows','seed','encoder')}, 8)}")
     return make_judges(cohort, held, reader, predicted, perceptual, looks), reads, made_of
@@ -204,13 +204,13 @@ def figures_of(scores:list, table:pd.DataFrame, seen:dict, j:Judges) -> dict: # 
     curve = curve_error(seen['curve'][:,0], j.held.curves)
     return out | {'LV curve (mL)':curve['RMSE mL'], 'LV curve: low':curve['RMSE mL: low'], 'LV curve: high':curve['RMSE mL: high']}
 
-# %% ../nbs/15g_judge.ipynb #63a3eb24
+# %% ../nbs/15g_judge.ipynb #969b8785
 def less(j:Judges, one:dict, other:dict, draws:int=1000, seed:int=0) -> dict: # `readings` of two sets -> 'obedience', 'agreement': difference, low, high
     "What one set of cines has more than another, paired by subject, with bootstrap intervals."
     n, of = len(j.held), [NAMES.index(q) for q in JUDGED]; w = resamples(n, draws, seed)
     a, b = (obedience_draws(j.held.y, j.on_true['read'], x['read'], j.predicted, w) for x in (one, other))
-    knows = [q for q in of if interval(a['rho'][0,q], n)[0] > KNOWS]; out = {}
-    for key,label,which in (('obedience','obedience',knows), ('one','agreement',of)):
+    knows = told(a['rho'][0], n); out = {}
+    for key,label,which in (('obedience','obedience',[q for q in of if knows[q]]), ('one','agreement',of)):
         d = (a[key][:,which] - b[key][:,which]).mean(1) if which else np.full(draws+1, np.nan)
         out |= {label:float(d[0])} | dict(zip((f'{label}: low', f'{label}: high'), between(d[1:])))
     return out

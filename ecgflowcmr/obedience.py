@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JUDGED', 'NAMES', 'KNOWS', 'SIGNS', 'ideal_r', 'strict_r', 'resamples', 'weighted_r', 'between', 'obedience_draws',
-           'obedience', 'table_row', 'mean_row', 'standardised', 'gram', 'kernel_ridge', 'machine_numbers',
+           'obedience', 'told', 'table_row', 'mean_row', 'standardised', 'gram', 'kernel_ridge', 'machine_numbers',
            'average_beats', 'boosted', 'fit_regressor', 'look', 'split_look', 'look_at_stored', 'samples_of',
            'kept_name', 'ranks', 'calibration', 'curve_error', 'curve_table', 'patients', 'with_ratio', 'shift',
            'disease_table']
@@ -69,7 +69,7 @@ def between(draws:np.ndarray, level:float=.95) -> tuple: # low, high
     v = draws[np.isfinite(draws)]
     return tuple(np.quantile(v, [.5-level/2, .5+level/2])) if len(v) else (np.nan, np.nan)
 
-# %% ../nbs/15a_obedience.ipynb #f5dd7b6e
+# %% ../nbs/15a_obedience.ipynb #7e04212e
 KNOWS = .15 # rho below which, at the lower end of its interval, obedience is not defined
 
 def obedience_draws(truth, on_true, samples, predicted, w) -> dict: # as `obedience`; weights -> name -> `(b, p)`
@@ -90,7 +90,7 @@ def obedience(truth:np.ndarray,      # `(n, p)`
     n,k,p = samples.shape
     if n < 4: raise DataError(f'{n} subjects', field='subjects', remedy='Judge on more held-out subjects')
     w = resamples(n, draws, seed); d = obedience_draws(truth, on_true, samples, predicted, w)
-    knows = np.array([interval(d['rho'][0,j], n)[0] > KNOWS for j in range(p)])
+    knows = told(d['rho'][0], n)
     for key in ('obedience','strict','one_share'): d[key] = np.where(knows, d[key], np.nan)
     if other is not None: d['shuffled'] = weighted_r(w, other, truth)
     rows = {name:table_row(d, j, k, bool(knows[j])) for j,name in enumerate(names)}
@@ -98,7 +98,11 @@ def obedience(truth:np.ndarray,      # `(n, p)`
     rows['mean'] = mean_row(d, inside, [names.index(q) for q in judged if q in names])
     return pd.DataFrame(rows).T.rename_axis('phenotype').infer_objects()
 
-# %% ../nbs/15a_obedience.ipynb #a6fd8467
+# %% ../nbs/15a_obedience.ipynb #8482fd8e
+def told(rho:np.ndarray, n:int) -> np.ndarray: # correlations of the best prediction with the truth `(p,)`; subjects -> bool `(p,)`
+    "Of which phenotypes the ECG tells enough that obedience is defined."
+    return np.array([interval(r, n)[0] > KNOWS for r in rho])
+
 def table_row(d:dict, j:int, k:int, knows:bool) -> dict:
     "One phenotype's row of the table, from the resamples `d` of `obedience_draws`."
     out = {}
