@@ -203,7 +203,7 @@ def hold(self:Sketch, keys:np.ndarray, x:np.ndarray): # `(b,)`; `(b, few, d)`
                         remedy='Give every cine of a set a number of its own; processes that share a set get theirs from shard')
     if len(order) == self.keep: self.limit = self.keys[-1]
 
-# %% ../nbs/15e_distances.ipynb #18e1eb9c
+# %% ../nbs/15e_distances.ipynb #127df734
 @patch
 def see(self:Sketch,
         cines:Tensor,  # `(b, t, h, w)` in [-1, 1]
@@ -213,7 +213,7 @@ def see(self:Sketch,
     "Look at some cines."
     if self.extractor is None: raise DataError('was restored from a file and has no extractor', file=self.about['name'], field='extractor', remedy='Make a new Sketch for more cines and merge the two')
     check_cines(cines, allow=allow)
-    x = self.extractor(cines).detach().cpu().numpy()
+    x = self.extractor(cines, allow=(*allow,'blank','still')).detach().cpu().numpy()
     return self.add(rearrange(x, '(b t) d -> b t d', b=len(cines)) if self.about['input'] == 'frame' else x, ids)
 
 @patch
@@ -370,7 +370,7 @@ def kid_score(drawn:Sketch, real:Sketch,
     some = f' ({m} and {n} of them kept, {drawn.kept.shape[1]} frames each)' if drawn.about['input'] == 'frame' else f' ({m} and {n} of them kept)'
     return Score(named('KID' if drawn.about['input'] == 'frame' else 'KVD', drawn.about), float(k[0]), low, high, drawn.n, real.n, drawn.about['text'], drawn.about['layer'], interval=f'bootstrap over cines{some}', warning='; '.join(warned))
 
-# %% ../nbs/15e_distances.ipynb #c1e65c2a
+# %% ../nbs/15e_distances.ipynb #c088e5c9
 PIXELS = {'PSNR (dB)':'pixels, of the whole cine, peak 2', 'SSIM':'pixels, Gaussian window of 11, SD 1.5, in [0, 1], a border of 5 left out', 'L1':'pixels, mean absolute difference'}
 
 def check_pair(a:Tensor, b:Tensor): # `(b, t, h, w)`
@@ -383,16 +383,16 @@ def check_pair(a:Tensor, b:Tensor): # `(b, t, h, w)`
     alike = torch.where((a == b).flatten(1).all(1))[0]
     if len(alike): raise DataError(f'cine {int(alike[0])} is the same in both sets, its PSNR would be infinite', field='cines', remedy='Was the truth compared with itself, or did the generator copy it?')
 
-def pair_values(a:Tensor, b:Tensor, perceptual=None) -> dict: # cines `(b, t, h, w)` in [-1, 1]; an extractor with `distance` -> name -> `(b,)`
+def pair_values(a:Tensor, b:Tensor, perceptual=None, allow=()) -> dict: # cines `(b, t, h, w)` in [-1, 1]; an extractor with `distance`; what `check_cines` lets through -> name -> `(b,)`
     "One value a cine of each measure."
     check_pair(a, b); a, b = a.float(), b.float(); v = {'PSNR (dB)':psnr(a, b), 'SSIM':ssim(a, b), 'L1':(a-b).abs().mean((1,2,3))}
-    if perceptual is not None: v[named('LPIPS', dict(family=perceptual.family))] = perceptual.distance(a, b).mean(1)
+    if perceptual is not None: v[named('LPIPS', dict(family=perceptual.family))] = perceptual.distance(a, b, allow=(*allow,'blank','still')).mean(1)
     v = {k:o.detach().cpu().numpy().astype('f8') for k,o in v.items()}
     bad = [k for k,o in v.items() if not np.isfinite(o).all()]
     if bad: raise DataError(f'{", ".join(bad)} is NaN or infinite', field='cines', remedy='Find the layer it comes from')
     return v
 
-# %% ../nbs/15e_distances.ipynb #e211119a
+# %% ../nbs/15e_distances.ipynb #a00fe067
 class Pairs:
     "Values of cine after cine: a few numbers a cine are kept."
     def __init__(self, perceptual=None,             # extractor with `distance(a, b) -> (b, t)`
@@ -404,7 +404,7 @@ class Pairs:
 
     def see(self, drawn:Tensor, real:Tensor, ids=None, allow=()): # `(b, t, h, w)` both; numbers of the subjects
         check_cines(drawn, allow=allow); check_cines(real, allow=allow)
-        return self.take(pair_values(drawn, real, self.perceptual), numbers(len(self.ids), len(drawn)) if ids is None else np.asarray(ids))
+        return self.take(pair_values(drawn, real, self.perceptual, allow), numbers(len(self.ids), len(drawn)) if ids is None else np.asarray(ids))
 
     def take(self, values:dict, ids): # name -> `(b,)`
         if any(len(v) != len(ids) for v in values.values()) or (self.values and set(values) != set(self.values)):

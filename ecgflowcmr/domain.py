@@ -217,7 +217,7 @@ def domain_loss(m:Domain, x:Tensor, y:Tensor, curves:Tensor, rng:torch.Generator
     parts = frame_loss(m, clean, seen, space.to(x.device), at, y, curves) | video_loss(m, x, torch.cat([space, time], 1).to(x.device), y, curves)
     return dict(loss=sum(parts.values())) | {k:v.detach() for k,v in parts.items()}
 
-# %% ../nbs/15d_domain.ipynb #4cac9f6b
+# %% ../nbs/15d_domain.ipynb #f51ce20c
 class DomainExtractor(Extractor):
     "An encoder of this chapter; `trained_on` says on what."
     def __init__(self, domain:Domain, input:str, trained_on:dict, sha256:str): # 'frame' or 'video'; `cohort`, `kind`, `cines`, `size`, `frames`
@@ -231,12 +231,12 @@ class DomainExtractor(Extractor):
         "Frames `(n, 1, h, w)` or beats as they are."
         return cines.to(device=self.device, dtype=torch.float32).clamp(-1, 1)
 
-    def forward(self, cines:Tensor) -> Tensor: # `(b*t, 128)` of frames, `(b, 128)` of beats
+    def forward(self, cines:Tensor, allow=('blank','still')) -> Tensor: # and what `check_cines` lets through -> `(b*t, 128)` of frames, `(b, 128)` of beats
         "Features of cines `(b, t, 96, 96)` in [-1, 1]."
         self.check_shape(cines)
-        return super().forward(cines)
+        return super().forward(cines, allow)
 
-# %% ../nbs/15d_domain.ipynb #941542ca
+# %% ../nbs/15d_domain.ipynb #ba4da093
 @patch
 def check_shape(self:DomainExtractor, cines:Tensor):
     "Refuse cines of another size, or beats of another number of frames, than it was trained on."
@@ -255,10 +255,10 @@ def check_cohort(self:DomainExtractor, cohort): # returns the extractor
 
 @patch
 @torch.no_grad()
-def distance(self:DomainExtractor, a:Tensor, b:Tensor) -> Tensor: # cines `(b, t, 96, 96)` in [-1, 1] -> `(b, t)`
+def distance(self:DomainExtractor, a:Tensor, b:Tensor, allow=('blank','still')) -> Tensor: # cines `(b, t, 96, 96)` in [-1, 1], what `check_cines` lets through -> `(b, t)`
     "Domain LPIPS of paired frames: 0 the same image, 1 as far as two people are."
     if self.input != 'frame': raise DataError('compares beats, not frames', file=self.name, field='distance', remedy='Use the frame extractor')
-    for x in (a, b): self.check_shape(x); check_cines(x, f'input of {self.name}', allow=('positive','blank','still'))
+    for x in (a, b): self.check_shape(x); check_cines(x, f'input of {self.name}', allow=allow)
     if a.shape != b.shape: raise DataError(f'{tuple(a.shape)} and {tuple(b.shape)}', file=f'input of {self.name}', field='shape', remedy='Give pairs')
     one, two = (rearrange(self.shown(x), 'b t h w -> (b t) 1 h w').split(self.chunk) for x in (a, b))
     out = torch.cat([(by_level(self.net.maps(p), self.net.maps(q))/self.apart[:,None]).mean(0) for p,q in zip(one, two)])

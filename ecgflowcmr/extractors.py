@@ -125,7 +125,7 @@ def device(self:Extractor) -> torch.device: # where its weights are
     "The device that computes."
     return next(chain(self.net.parameters(), self.net.buffers()), torch.empty(0)).device
 
-# %% ../nbs/15b_extractors.ipynb #d4e59932
+# %% ../nbs/15b_extractors.ipynb #aec9e393
 @patch
 def shown(self:Extractor, cines:Tensor) -> Tensor: # frames `(b*t, 3, h, w)` or cines `(b, 3, t, h, w)`
     "What the network is shown of cines `(b, t, h, w)`."
@@ -135,9 +135,12 @@ def shown(self:Extractor, cines:Tensor) -> Tensor: # frames `(b*t, 3, h, w)` or 
 
 @patch
 @torch.no_grad()
-def forward(self:Extractor, cines:Tensor) -> Tensor: # `(b*t, num_features)` of frames or `(b, num_features)` of videos, float32
-    "Features of cines `(b, t, h, w)` in [-1, 1]. Blank and still cines are let through: refuse them where the whole set is known (`check_cines`)."
-    cines = check_cines(cines, f'input of {self.name}', allow=('positive','blank','still'))
+def forward(self:Extractor,
+            cines:Tensor,              # `(b, t, h, w)` in [-1, 1]
+            allow=('blank','still'),   # what `check_cines` lets through here: refuse those where the whole set is known
+           ) -> Tensor:                # `(b*t, num_features)` of frames or `(b, num_features)` of videos, float32
+    "Features of cines."
+    cines = check_cines(cines, f'input of {self.name}', allow=allow)
     pieces = rearrange(cines, 'b t h w -> (b t) 1 h w') if self.input == 'frame' else cines
     with torch.autocast(self.device.type, enabled=False): out = torch.cat([self.net(self.shown(o)) for o in pieces.split(self.chunk)])
     if out.shape != (len(pieces), self.num_features): raise DataError(f'the network gave {tuple(out.shape)}, expected {(len(pieces), self.num_features)}', file=self.name, field='features', remedy='Correct num_features or the network')
@@ -419,12 +422,12 @@ class LPIPS(Extractor):
         for i,w in enumerate(heads): self.register_buffer(f'head{i}', w.detach())
         self.note = ', '.join(o for o in (self.note, f'heads v0.1 {HEADS[:8]}' if published else 'random heads') if o)
 
-# %% ../nbs/15b_extractors.ipynb #71a898bb
+# %% ../nbs/15b_extractors.ipynb #18d47375
 @patch
 @torch.no_grad()
-def distance(self:LPIPS, a:Tensor, b:Tensor) -> Tensor: # cines `(b, t, h, w)` in [-1, 1], pairs -> `(b, t)`, float32
+def distance(self:LPIPS, a:Tensor, b:Tensor, allow=('blank','still')) -> Tensor: # cines `(b, t, h, w)` in [-1, 1], pairs, and what `check_cines` lets through -> `(b, t)`, float32
     "LPIPS of every frame of `a` with the same frame of `b`; 0 for the same picture."
-    a, b = (check_cines(o, f'input of {self.name}', allow=('positive','blank','still')) for o in (a, b))
+    a, b = (check_cines(o, f'input of {self.name}', allow=allow) for o in (a, b))
     if a.shape != b.shape: raise DataError(f'{tuple(a.shape)} and {tuple(b.shape)}', file=f'input of {self.name}', field='shape', remedy='Give pairs')
     unit, out = lambda m: m/(m.norm(dim=1, keepdim=True) + 1e-10), []
     with torch.autocast(self.device.type, enabled=False):

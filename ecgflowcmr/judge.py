@@ -167,8 +167,8 @@ def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractor
     predicted, _ = best_prediction(cohort, held, run, folder, f"regressor-{digest({k:made_of[k] for k in ('cohort','rows','seed','encoder')}, 8)}")
     return make_judges(cohort, held, reader, predicted, perceptual, looks), reads, made_of
 
-# %% ../nbs/15g_judge.ipynb #d637994b
-JUDGING = 2 # a verdict of an earlier version of this chapter is made again
+# %% ../nbs/15g_judge.ipynb #eb8ab550
+JUDGING = 3 # a verdict of an earlier version of this chapter is made again
 
 def readings(j:Judges, stored:np.ndarray) -> dict: # drawn cines `(n, k, 50, 96, 96)` uint8 -> of `split_look`
     "What the reader sees in drawn cines."

@@ -47,7 +47,7 @@ def strict_r(rho, k:int=8, a=1.): # as `ideal_r`
     "The same, with the reader's error averaged over the samples as well."
     return a*rho**2/np.sqrt((a*rho)**2 + (1-(a*rho)**2)/k)
 
-# %% ../nbs/15a_obedience.ipynb #e538afba
+# %% ../nbs/15a_obedience.ipynb #d985237a
 def resamples(n:int, draws:int=1000, seed:int=0) -> np.ndarray: # `(1 + draws, n)`
     "Weights of bootstrap resamples of `n` subjects; the first row is the sample itself."
     w = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=draws)
@@ -59,7 +59,8 @@ def weighted_r(w:np.ndarray, # `(b, n)`
               ) -> np.ndarray: # `(b, ...)`; 0 where either is constant
     "Correlations over subjects in every resample."
     x,y = np.broadcast_arrays(np.asarray(x, float), np.asarray(y, float))
-    x,y = ((v - v.mean(0))/np.where(v.std(0) > 0, v.std(0), 1) for v in (x,y))
+    flat = [v.std(0) <= 1e-5*np.abs(v).max(0) for v in (x,y)] # readings of one cine differ by rounding
+    x,y = (np.where(o, 0, (v - v.mean(0))/np.where(o, 1, v.std(0))) for v,o in zip((x,y), flat))
     mean = lambda v: np.tensordot(w, v, 1)/w.sum(1).reshape(-1, *[1]*(v.ndim-1))
     mx,my = mean(x), mean(y); c,vx,vy = mean(x*y)-mx*my, mean(x*x)-mx*mx, mean(y*y)-my*my
     return np.where((vx > 1e-12) & (vy > 1e-12), c/np.sqrt(np.maximum(vx*vy, 1e-24)), 0.)
