@@ -7,7 +7,9 @@ __all__ = ['Harmonics', 'fit_harmonics', 'fit_grain', 'grain', 'Measures', 'Gues
            'fit_guess', 'ECGCondition', 'DiT', 'loss_weight', 'source', 'flow_loss', 'check_range', 'euler', 'guided',
            'waypoints', 'student_loss']
 
-# %% ../nbs/11_amdf.ipynb #6513f739
+# %% ../nbs/11_amdf.ipynb #842f9e8c
+from numbers import Integral, Real
+
 import math
 
 import torch
@@ -262,10 +264,10 @@ def flow_loss(dit:DiT, h:Harmonics,
     error = (dit(torch.lerp(x0, x1, t[:,None,None,None]), t, h.template, ecg).float() - (x1-x0)).square().mean((0,2,3))
     return dict(loss=(error*loss_weight(h)).mean() if weighted else error.mean(), plain=error.mean().detach())
 
-# %% ../nbs/11_amdf.ipynb #b05488b9
+# %% ../nbs/11_amdf.ipynb #7bb75c82
 def check_range(name:str, value, low, high, whole:bool=False):
     "Refuse a number outside its range."
-    if not (isinstance(value, int if whole else (int,float)) and not isinstance(value, bool) and low <= value <= high):
+    if not (isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and low <= value <= high):
         raise DataError(f'{value!r} is out of range', field=name, remedy=f'Give a {"whole " if whole else ""}number from {low} to {high}')
 
 @torch.no_grad()
@@ -288,10 +290,11 @@ def guided(dit, template:Tensor, f:Tensor, rr:Tensor, guidance:float=1., deaf:bo
         return u + guidance*(v-u)
     return field, ecg
 
-# %% ../nbs/11_amdf.ipynb #9b6767fc
+# %% ../nbs/11_amdf.ipynb #0da9e073
 @torch.no_grad()
 def waypoints(field, x0:Tensor, steps:int, legs:int=2) -> Tensor: # `(legs+1, b, ...)`: the path at t = 0, 1/legs, ..., 1
-    "Where `steps` Euler steps pass."
+    "Where `steps` Euler steps pass; each leg is as many of them."
+    if steps % legs: raise DataError(f'{steps} steps are no {legs} equal legs', field='steps', remedy='Let the student make a number of steps that divides those of the field')
     x, out = x0, [x0]
     for i in range(steps):
         x = x + field(x, torch.full((len(x),), i/steps, device=x.device)).float()/steps

@@ -8,7 +8,8 @@ __all__ = ['NO_BEAT', 'HEARTS', 'LIMITS', 'NOT_FOR', 'bundle_hash', 'row_ids', '
            'synthetic_tables', 'write_synthetic', 'finish', 'draw_share', 'synthesise', 'shipped_bundle', 'run_bundles',
            'one_bundle', 'cohort_fingerprints', 'which_bundle', 'as_text', 'card_table', 'card_parts', 'model_card']
 
-# %% ../nbs/11d_synthesis.ipynb #d8b0a273
+# %% ../nbs/11d_synthesis.ipynb #71459685
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,9 +27,9 @@ from .processes import barrier, main_first, main_process, shard
 from .cohort import ARRAYS, FORMAT, LABELS, SPLITS, Cohort, array_hash, finish_store, fingerprint_of, hash_numbers, open_cohort, read_table, row_of, write_block
 from .build import block_file, gather, write_csv
 from .amdf import check_range
-from .bundle import ECGFlowCMR, check_bundle
+from .bundle import FORMAT as BUNDLE_FORMAT, ECGFlowCMR, check_bundle
 
-# %% ../nbs/11d_synthesis.ipynb #e67bdfd1
+# %% ../nbs/11d_synthesis.ipynb #b3098dda
 def bundle_hash(folder) -> str: # 16 hexadecimal digits
     "What identifies a generator: its settings, and the checksums of its files (which are checked)."
     note = check_bundle(folder)
@@ -40,10 +41,10 @@ def row_ids(who,       # names of the ECGs: the subject, and the visit where the
     "An id for each cine, unlike that of any other."
     return np.array([['s' + digest([w, k, made_by], 15) for k in range(per_subject)] for w in who])
 
-def noise_seeds(who, per_subject, seed=0) -> np.ndarray: # `(n, per_subject)` int64, 0 to 2**48
+def noise_seeds(who, per_subject, seed=0) -> np.ndarray: # `(n, per_subject)` int64, 0 to 2**32, which is what torch's generator keeps of a seed
     "A seed of the noise for each cine."
     u = hash_numbers((f'{w}:{k}' for w in who for k in range(per_subject)), f'noise {seed}')
-    return (u*2**48).astype(np.int64).reshape(-1, per_subject)
+    return (u*2**32).astype(np.int64).reshape(-1, per_subject)
 
 # %% ../nbs/11d_synthesis.ipynb #6e59e3ce
 def ecgs_of(cohort, rows) -> np.ndarray: # `(n, 12, 5000)` mV
@@ -217,7 +218,7 @@ def synthesise(generator:ECGFlowCMR,  # None: loaded from the bundle
                 if main_process(): finish(folder, part, cohort, rows, request, begun['chunk'], ids, seeds, generator.config['pixel_mm'])
     return open_cohort(folder)
 
-# %% ../nbs/11d_synthesis.ipynb #13fdaff6
+# %% ../nbs/11d_synthesis.ipynb #e2c3cead
 def shipped_bundle() -> Path:
     "The folder of the bundle that comes with the package, trained on virtual hearts."
     folder = Path(ecgflowcmr.__file__).parent/'weights'/'generator'
@@ -229,22 +230,23 @@ def run_bundles(run,       # folder of a run, `runs/<run>`
                 cohorts=None, # fingerprints of cohorts, one of which it must be trained on; None: any
                ) -> list:  # folders, sorted
     "The bundles that a run has trained to the end."
-    found = [f.parent for f in sorted(Path(run).glob('*/bundle/bundle.json')) if (f.parents[1]/'done.json').exists()]
-    about = lambda f: check_bundle(f)['provenance']
-    return [f for f in found if recipe in ('', check_bundle(f)['config']['recipe']) and (cohorts is None or about(f).get('cohort') in cohorts)]
+    found = [f for f in sorted(Path(run).glob('*/bundle/bundle.json')) if (f.parents[1]/'done.json').exists()]
+    notes = {f.parent:read_json(f) for f in found}
+    return [f for f,n in notes.items() if n.get('format') == BUNDLE_FORMAT and recipe in ('', n['config']['recipe']) and (cohorts is None or n['provenance'].get('cohort') in cohorts)]
 
-# %% ../nbs/11d_synthesis.ipynb #55b4c07f
-def one_bundle(run, recipe, cohorts=None, seed=0): # a folder, or None where there is none
-    "The run's only bundle that fits; of several, the one that was trained with this seed."
-    found = run_bundles(run, recipe, cohorts)
-    same = [f for f in found if (check_bundle(f)['provenance'].get('config') or {}).get('train', {}).get('seed') == seed] if len(found) > 1 else found
+# %% ../nbs/11d_synthesis.ipynb #6b2ed98c
+def one_bundle(run, recipe, cohorts=None, seed=0, config=None): # config: of its stage, as `recipe_config` of chapter 11e gives it -> a folder, or None where there is none
+    "The run's only bundle that fits; of several, the one that was trained with these settings, or else with this seed."
+    found = run_bundles(run, recipe, cohorts); trained = {f:read_json(f/'bundle.json')['provenance'].get('config') or {} for f in found}
+    if exact := [f for f in found if config is not None and trained[f] == json.loads(json.dumps(config))]: found = exact
+    same = [f for f in found if trained[f].get('train', {}).get('seed') == seed] if len(found) > 1 else found
     names = lambda fs: ', '.join(f.parent.name for f in fs)
     remedy = 'Name the folder of one of them: -p bundle runs/<run>/<stage>/bundle'
     if len(same) > 1: raise DataError(f'{len(same)} bundles fit: {names(same)}', file=Path(run).name, field='bundle', remedy=remedy)
     if len(found) > 1 and not same: raise DataError(f'{len(found)} bundles fit, none with seed {seed}: {names(found)}', file=Path(run).name, field='bundle', remedy=remedy)
     return same[0] if same else None
 
-# %% ../nbs/11d_synthesis.ipynb #62e7a153
+# %% ../nbs/11d_synthesis.ipynb #20efb810
 def cohort_fingerprints(root, cohort='virtual', coupling='') -> list: # or None: any
     "Fingerprints of the cohorts that an experiment's parameters may mean."
     if cohort != 'virtual': return [read_json(Path(root)/Path(cohort).expanduser()/'manifest.json')['fingerprint']]
@@ -254,13 +256,13 @@ def cohort_fingerprints(root, cohort='virtual', coupling='') -> list: # or None:
 
 def which_bundle(bundle,      # parameter: a folder, 'shipped', 'train', or empty
                  run,         # folder of the run
-                 recipe, cohorts=None, seed=0, # see `one_bundle`
+                 recipe, cohorts=None, seed=0, config=None, # see `one_bundle`
                 ) -> Path:    # None: a generator must be trained
     "The bundle that is named; else the run's; else, where no cohort is asked for, the shipped one if it is of this recipe."
     if bundle == 'shipped': return shipped_bundle()
     if bundle == 'train': return None
     if bundle: return Path(bundle)
-    if own := one_bundle(run, recipe, cohorts, seed): return own
+    if own := one_bundle(run, recipe, cohorts, seed, config): return own
     try: shipped = shipped_bundle()
     except DataError: return None
     return shipped if cohorts is None and check_bundle(shipped)['config']['recipe'] == recipe else None

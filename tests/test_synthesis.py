@@ -177,6 +177,7 @@ def test_the_shipped_bundle_draws_at_once():
     cine = ECGFlowCMR.from_pretrained(shipped()).generate(get_testdata_file('waveform_ecg.dcm'))
     assert cine.shape == (50, 96, 96) and np.isfinite(cine).all() and cine.std() > .1
     assert sum(f.stat().st_size for f in shipped().iterdir()) < 25e6
+    assert bundle_hash(shipped()) in (shipped()/'MODEL_CARD.md').read_text(), 'the card is of another bundle: papermill nbs/37_ship.ipynb -p ship True'
 
 
 def test_the_shipped_bundle_takes_every_real_ecg(fixtures):
