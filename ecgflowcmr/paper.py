@@ -47,7 +47,7 @@ def together(verdicts) -> str: # of the comparisons that a claim makes
     if not verdicts: return MISSING
     return AGAINST if AGAINST in verdicts else HOLDS if set(verdicts) == {HOLDS} else OPEN
 
-# %% ../nbs/17_paper.ipynb #2876adb8
+# %% ../nbs/17_paper.ipynb #55352e37
 def numbers(folder, name:str): # folder of figures; name of a table -> DataFrame, or None
     "The numbers of a table, if the run has it."
     file = Path(folder)/f'{name}.csv'
@@ -60,7 +60,7 @@ def made_by(folder, name:str) -> str: # -> 'run demo, preset demo, coupling stro
     file = Path(folder)/f'{name}.json'
     if not file.exists(): return ''
     made = read_json(file, 'Delete it and run its experiment again').get('made_by', {})
-    return ', '.join(f'{k} {made[k]}' for k in ('run','preset','kind','coupling','seed','subjects','seconds','length','size','read_by','device') if made.get(k) not in (None, ''))
+    return ', '.join(f'{k} {made[k]}' for k in ('run','preset','settings','kind','coupling','seed','subjects','seconds','length','size','read_by','device') if made.get(k) not in (None, ''))
 
 def span(row, key:str, digits:int=2) -> tuple: # a row with `key`, `key: low`, `key: high` -> (value, low, high), text
     "A number and its interval."
