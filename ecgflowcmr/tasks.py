@@ -208,7 +208,7 @@ def train_fold(task:Task, fold:int, encoder:CineViT, config:dict, fresh:bool, fo
     fit(m, loss, len(train), c, folder, device, f'{task.name}, fold {fold+1}'); judge(m, config['epochs'] - 1)
     return m.cpu().eval(), back
 
-# %% ../nbs/14b_tasks.ipynb #a1b85c72
+# %% ../nbs/14b_tasks.ipynb #db839a3e
 def tune(task:Task, fold:int, method:Method, encoder, config:dict, run, seen:list, model:dict, stage=None, device:str='auto') -> tuple: # encoder or None, records of whom it has seen, sizes of a new encoder, its folder -> (val, test: outputs `(n, k)`), folder
     "Fine-tune on a fold, resume, or read what it said; guarded against leakage."
     train, val, test = task.folds[fold]
@@ -216,13 +216,12 @@ def tune(task:Task, fold:int, method:Method, encoder, config:dict, run, seen:lis
     folder = stage_folder(run, f'tune/{task.name}/{method.slug}-{fold+1}', dict(task=task.fingerprint(), fold=fold, method=method.key, model=model, encoder=sha256_file(Path(stage)/'model.safetensors') if stage else None, **config))
     file = folder/'predictions.safetensors'
     if not finished(folder):
+        if file.exists(): (folder/'trained.json').unlink(missing_ok=True)     # killed between the outputs and the end: the weights may be gone, so the fold is trained anew
         torch.manual_seed(config['seed'] + fold); fresh = encoder is None
         m, back = train_fold(task, fold, CineViT(**model) if fresh else copy.deepcopy(encoder), config, fresh, folder, device)
         out = {k:back(outputs(m.best, task.cines(i))) for k,i in dict(val=val, test=test).items()}; check_said(out['test'], folder)
         with main_first():
-            if main_process():
-                write_tensors(file, out)
-                for f in ('trained.json', 'model.safetensors'): (folder/f).unlink(missing_ok=True)   # in this order: the first without the second could not go on
+            if main_process(): write_tensors(file, out); (folder/'model.safetensors').unlink(missing_ok=True)
         finish_stage(folder, dict(epoch=int(m.curve.argmin()) + 1, validation_loss=float(m.curve.min())), curve=m.curve.tolist(), config=config)
     return {k:v.numpy() for k,v in read_tensors(file, 'Delete the folder: the fold is trained again')[0].items()}, folder
 
