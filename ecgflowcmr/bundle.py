@@ -6,8 +6,7 @@
 __all__ = ['FORMAT', 'PARTS', 'OURS', 'RECIPES', 'SAMPLERS', 'REMEDY', 'SEEDS', 'part', 'BeatReader', 'check_sampling',
            'ECGFlowCMR', 'light', 'own', 'check_bundle', 'as_strip']
 
-# %% ../nbs/11a_bundle.ipynb #3899e7a6
-import os
+# %% ../nbs/11a_bundle.ipynb #e086ad0b
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import __version__
-from .processes import placement, world
 from .files import read_json, sha256_file, write_json
 from .ecg import DataError, ECG, check_ecg, read_ecg
 from .quality import quality
 from .readings import read_strip
 from .build import good_window
-from .train import bf16_is_fast, load_model, pick_device, write_tensors
+from .train import bf16_is_fast, load_model, own_device, write_tensors
 from .pamae import CYCLES
 from .amdf import Measures, check_range, euler, grain, guided, source
 
@@ -132,12 +130,11 @@ def check_bundle(folder) -> dict: # its bundle.json
         if sha256_file(folder/name) != note['files'].get(name): raise DataError('was altered: its checksum is not the one in bundle.json', file=folder/name, remedy=REMEDY)
     return note
 
-# %% ../nbs/11a_bundle.ipynb #cfa453f4
+# %% ../nbs/11a_bundle.ipynb #6b05d819
 @patch(cls_method=True)
 def from_pretrained(cls:ECGFlowCMR, folder, device='cpu', recipe:str=None) -> ECGFlowCMR:
     "Load a bundle, every file checked against its checksum; `recipe` refuses a bundle of another. Of several processes each takes a GPU of its own."
-    device = pick_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0, placement(os.environ)['local'] if world() > 1 else None)
-    note = check_bundle(folder)
+    device, note = own_device(device), check_bundle(folder)
     if recipe and note['config']['recipe'] != recipe: raise DataError(f"is of recipe {note['config']['recipe']}, asked for was {recipe}", file=Path(folder)/'bundle.json', field='recipe', remedy='Name another bundle or the other recipe')
     try: model = cls(note['config'])
     except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e: # DataError is a ValueError

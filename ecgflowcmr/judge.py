@@ -7,7 +7,7 @@ __all__ = ['JUDGING', 'Held', 'held_out', 'best_prediction', 'draw', 'as_cines',
            'sketch_of', 'make_judges', 'published', 'bench', 'readings', 'judge', 'figures_of', 'less', 'memorised',
            'unseen_figures', 'keep_verdict', 'verdict_of', 'known_beats', 'without_gaps', 'figure_name', 'figure_table']
 
-# %% ../nbs/15g_judge.ipynb #3f5e0e43
+# %% ../nbs/15g_judge.ipynb #2b52b02b
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .ecg import DataError
 from .files import atomic_write, digest, read_json, sha256_file, write_json
-from .train import pick_device, read_tensors, write_tensors
+from .train import own_device, read_tensors, write_tensors
 from .baselines.common import reference
 from .fidelity import Reader, fit_reader, labelled, others, reader_config, stored_cines, systole_fraction, truth, volume_curves
 from .obedience import JUDGED, NAMES, average_beats, between, curve_error, fit_regressor, look, look_at_stored, machine_numbers, obedience, obedience_draws, resamples, split_look, told
@@ -152,10 +152,10 @@ def published(folder=None) -> tuple: # of the weight files; None: torch's own ->
     "The networks of the literature: LPIPS (AlexNet), FID (Inception of TensorFlow), FVD (I3D). A missing file is an error."
     return standard('lpips-alex', folder), [standard('inception-tf', folder), standard('i3d-features', folder)]
 
-# %% ../nbs/15g_judge.ipynb #eaedee43
+# %% ../nbs/15g_judge.ipynb #2c1b3c0b
 def bench(cohort, preset:str, run, folder, seed:int=0, subjects:int=0, extractors:str='domain', weights=None, device:str='auto') -> tuple: # run; where what is made here is kept; 'domain' or 'standard' -> Judges, Baseline that reads ECGs, what all verdicts rest on
     "All that an experiment needs before it judges: reader, extractors, held-out subjects and their best prediction. Trained if they are not there. Networks are on the device."
-    device = pick_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    device = own_device(device)
     reader, at = fit_reader(cohort, reader_config(preset, seed), run)
     if extractors == 'domain': frame, video, _ = fit_domain(cohort, domain_config(preset, seed), run); perceptual, looks = frame.check_cohort(cohort), [frame, video]
     else: perceptual, looks = published(weights)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pace_of', 'steps_within', 'length']
 
-# %% ../nbs/07a_pace.ipynb #cf242c85
+# %% ../nbs/07a_pace.ipynb #3435d1c7
 import copy, tempfile, time
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from torch import nn
 from .ecg import DataError
 from .files import read_json, write_json
 from .processes import barrier, main_process, share
-from .train import fit, pick_device, training_steps
+from .train import fit, own_device, training_steps
 
-# %% ../nbs/07a_pace.ipynb #a00d66d1
+# %% ../nbs/07a_pace.ipynb #ee84500a
 def pace_of(model:nn.Module, loss, n:int, config:dict, device='auto', tries:int=12) -> float: # as `fit` takes them -> steps a second
     "Median pace of a few steps on a copy of the model, which stays as it is."
-    cpu, stamps = pick_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0) == 'cpu', []
+    cpu, stamps = own_device(device) == 'cpu', []
     def clocked(m, index, rng): stamps.append(time.process_time()/torch.get_num_threads()); return loss(m, index, rng)
     config = training_steps({k:v for k,v in config.items() if k != 'epochs'} | dict(steps=tries), n)
     with tempfile.TemporaryDirectory() as d: median = fit(copy.deepcopy(model), clocked, n, config, d, device, None)['steps_per_s_median']

@@ -7,7 +7,7 @@ __all__ = ['GUIDANCE', 'SWITCHES', 'COUNTS', 'ENCODERS', 'amdf_config', 'check_s
            'fit_released_vae', 'lent', 'latents', 'beats', 'new_generator', 'training_set', 'set_up', 'train_field',
            'many_paths', 'train_student', 'fit_amdf', 'settings_of', 'pamae_width', 'fit_generator']
 
-# %% ../nbs/11e_stages.ipynb #2cb7ff73
+# %% ../nbs/11e_stages.ipynb #b48a1efc
 import copy
 import json
 import math
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .processes import main_first, main_process, placement, world
+from .processes import main_first, main_process
 from .files import read_json, sha256_file
 from .ecg import DataError
 from .readings import ecg_features
-from .train import bf16_is_fast, fit, finish_stage, finished, load_stage, pick_device, read_tensors, stage_folder, waiting, write_tensors
+from .train import bf16_is_fast, fit, finish_stage, finished, load_stage, own_device, read_tensors, stage_folder, waiting, write_tensors
 from .pace import length
 from .pamae import CYCLES, fit_pamae, pamae_config, cycle_features
 from .resnet_ecg import ResNetECG, middle_cycle_features, released_target, resnet_loss
@@ -117,11 +117,11 @@ def fit_released_vae(cohort, config:dict, run, device:str='auto') -> tuple: # mo
 
 ENCODERS = dict(harmonic=(fit_pamae, fit_vae), paper=(fit_pamae, fit_vae), released=(fit_resnet, fit_released_vae))
 
-# %% ../nbs/11e_stages.ipynb #fe6c249e
+# %% ../nbs/11e_stages.ipynb #50312ffc
 @contextmanager
 def lent(device:str, *modules): # 'auto' or as in chapter 07
     "Modules on the device of this process; on the CPU again afterwards."
-    on = pick_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0, placement(os.environ)['local'] if world() > 1 else None)
+    on = own_device(device)
     for m in modules: m.to(on)
     try: yield on
     finally:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'PRECISION', 'RETRAIN', 'WAITED', 'FREE', 'training_config', 'bf16_is_fast', 'training_steps',
            'keep_memory', 'lr_at', 'epoch_order', 'batch_at', 'step_seed', 'seed_step', 'count_shards', 'adamw',
-           'ema_update', 'orthogonal', 'Muon', 'for_muon', 'optimizers', 'Step', 'pick_device', 'pick_fabric',
-           'outside', 'one_gpu_each', 'whole', 'storable', 'write_tensors', 'read_tensors', 'fill', 'save_model',
-           'load_model', 'Training', 'NotFinite', 'waiting', 'essence', 'asked', 'flat', 'differences', 'checksum',
-           'same_settings', 'same_everywhere', 'peak_mb', 'peak_rss_mb', 'costs_line', 'fit', 'read_log', 'config_hash',
-           'stage_folder', 'machine', 'versions', 'finish_stage', 'write_done', 'check_files', 'finished', 'load_stage']
+           'ema_update', 'orthogonal', 'Muon', 'for_muon', 'optimizers', 'Step', 'pick_device', 'own_device',
+           'pick_fabric', 'outside', 'one_gpu_each', 'whole', 'storable', 'write_tensors', 'read_tensors', 'fill',
+           'save_model', 'load_model', 'Training', 'NotFinite', 'waiting', 'essence', 'asked', 'flat', 'differences',
+           'checksum', 'same_settings', 'same_everywhere', 'peak_mb', 'peak_rss_mb', 'costs_line', 'fit', 'read_log',
+           'config_hash', 'stage_folder', 'machine', 'versions', 'finish_stage', 'write_done', 'check_files',
+           'finished', 'load_stage']
 
 # %% ../nbs/07_train.ipynb #b95a6c8e
 import csv, ctypes, json, logging, os, platform, sys, time, zlib
@@ -218,16 +219,20 @@ def pick_device(device,      # 'auto' (a GPU if there is one), 'cpu', 'cuda', 'c
     if gpus > 1 and local >= gpus: raise DataError(f'process {local} of this machine finds only {gpus} GPUs', field='device', remedy=f'Start at most {gpus} processes on it, or use device cpu')
     return f'cuda:{local if gpus > 1 else 0}'   # srun --gpus-per-task 1 shows each process its own GPU alone
 
-# %% ../nbs/07_train.ipynb #4f8d1632
+# %% ../nbs/07_train.ipynb #ff7f5f62
+def own_device(device='auto') -> str: # 'cpu' or 'cuda:1'
+    "The device of this process, on this machine and beside the other processes."
+    return pick_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0, placement(os.environ)['local'] if world() > 1 else None)
+
+# %% ../nbs/07_train.ipynb #a1b89f7f
 def pick_fabric(device='auto',    # 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'
                 precision='fp32', # or 'bf16'
                ):                 # a `Fabric`
     "Fabric on one device, or on one device of each process; a device that is not there is refused."
     from lightning_fabric import Fabric  # here, because loading a stage does without it and it takes seconds to import
     from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     several = world() > 1
-    kind,_,number = pick_device(device, gpus, placement(os.environ)['local'] if several else None).partition(':')
+    kind,_,number = own_device(device).partition(':')
     logging.getLogger('lightning_fabric').setLevel(logging.WARNING)  # it announces each precision
     own = dict(accelerator=kind, devices=[int(number)] if number else 1, precision=PRECISION[precision])
     if not several: return Fabric(**own, plugins=[LightningEnvironment()])   # not SLURM's, which would count the tasks of a batch script

@@ -6,7 +6,7 @@
 __all__ = ['Cuboids', 'fit_cuboids', 'quantizer', 'Tokenizer', 'tokenizer_loss', 'start_tokenizer', 'fit_tokenizer', 'Places',
            'gpt2', 'VideoGPT', 'choose', 'videogpt_config', 'stored_words', 'prior_loss', 'fit_videogpt']
 
-# %% ../../nbs/12a_baselines.videogpt.ipynb #93d64da5
+# %% ../../nbs/12a_baselines.videogpt.ipynb #08fa6f66
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ecg import DataError
 from ..files import atomic_write, sha256_file
 from ..processes import main_first
-from ..train import pick_device, waiting
+from ..train import own_device, waiting
 from ..vae import Stack
 from ..amdf import check_range
 from .common import ECGTokens, Pairs, seeded, train_part
@@ -208,13 +208,13 @@ def videogpt_config(preset:str='demo', seed:int=0) -> dict: # settings of the sy
     shared = dict(clip=1., seed=seed, log_every=10)
     return dict(model=model, tokenizer=tokenizer, drop=.1, train=shared | then, tokenizer_train=shared | dict(ema=0.) | first, sampling=dict(temperature=1., top_k=0, guidance=1.))
 
-# %% ../../nbs/12a_baselines.videogpt.ipynb #563ec506
+# %% ../../nbs/12a_baselines.videogpt.ipynb #9247dde6
 @torch.no_grad()
 def stored_words(m:Tokenizer, pairs:Pairs, file, device='auto') -> np.ndarray: # `(n, L)` uint16, mapped
     "Words of all training cines, made or found on the disk."
     with main_first():
         if not Path(file).exists():
-            at = pick_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0); m = m.to(at).eval()
+            at = own_device(device); m = m.to(at).eval()
             found = torch.cat([m.words(pairs.cine(range(i, min(i+8, len(pairs)))).to(at)).cpu() for i in range(0, len(pairs), 8)])
             with atomic_write(file) as tmp, open(tmp, 'wb') as out: np.save(out, found.numpy().astype(np.uint16))
             m.cpu()
