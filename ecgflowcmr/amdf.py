@@ -8,9 +8,8 @@ __all__ = ['Harmonics', 'fit_harmonics', 'fit_grain', 'grain', 'Measures', 'Gues
            'waypoints', 'student_loss']
 
 # %% ../nbs/11_amdf.ipynb #842f9e8c
-from numbers import Integral, Real
-
 import math
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
