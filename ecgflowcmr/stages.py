@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GUIDANCE', 'SWITCHES', 'COUNTS', 'ENCODERS', 'amdf_config', 'check_setting', 'changed', 'recipe_config', 'fit_resnet',
            'fit_released_vae', 'lent', 'latents', 'beats', 'new_generator', 'training_set', 'set_up', 'train_field',
-           'many_paths', 'train_student', 'fit_amdf', 'settings_of', 'pamae_width', 'fit_generator']
+           'many_paths', 'train_student', 'fit_amdf', 'people_digest', 'settings_of', 'pamae_width', 'fit_generator']
 
 # %% ../nbs/11e_stages.ipynb #b48a1efc
 import copy
@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .processes import main_first, main_process
-from .files import read_json, sha256_file
+from .files import digest, read_json, sha256_file
 from .ecg import DataError
+from .cohort import people
 from .readings import ecg_features
 from .train import bf16_is_fast, fit, finish_stage, finished, load_stage, own_device, read_tensors, stage_folder, waiting, write_tensors
 from .pace import length
@@ -241,12 +242,16 @@ def fit_amdf(cohort, config:dict, run, pamae:tuple, vae:tuple, device:str='auto'
     train_field(g, cache, config, folder, device)
     if config.get('student'): train_student(g, cache, config, folder, device)
     if main_process():
-        g.save_pretrained(folder/'bundle', half=True, cohort=cohort.fingerprint, kind=cohort.manifest['kind'], subjects=len(cache['f']), config=config)
+        g.save_pretrained(folder/'bundle', half=True, cohort=cohort.fingerprint, kind=cohort.manifest['kind'], subjects=len(cache['f']), trained_on_people=people_digest(cohort), config=config)
         for name in ('cache', 'paths'): (folder/f'{name}.safetensors').unlink(missing_ok=True)   # before done.json, which lists what must stay
     finish_stage(folder, dict(training_subjects=len(cache['f']), strips_without_a_cycle=int(note['left_out'])), config=config)
     return ECGFlowCMR.from_pretrained(folder/'bundle'), folder
 
 # %% ../nbs/11e_stages.ipynb #ee38df14
+def people_digest(cohort, split:str='train') -> str: # 16 hexadecimal digits
+    "A fingerprint of the ids of a split's people, which tells none of them."
+    return digest(sorted(set(people(cohort.table).iloc[cohort.index(split)])), 16)
+
 def settings_of(folder) -> dict:
     "Of the model of a stage."
     return read_json(Path(folder)/'config.json')['model']

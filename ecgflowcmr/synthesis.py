@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NO_BEAT', 'HEARTS', 'LIMITS', 'NOT_FOR', 'bundle_hash', 'row_ids', 'noise_seeds', 'ecgs_of', 'grey', 'draw_block',
            'make_block', 'is_drawn', 'whole_request', 'refuse_other', 'begin', 'copy_ecgs', 'record_names',
-           'synthetic_tables', 'write_synthetic', 'finish', 'draw_share', 'synthesise', 'shipped_bundle', 'run_bundles',
-           'one_bundle', 'cohort_fingerprints', 'which_bundle', 'as_text', 'card_table', 'card_parts', 'model_card']
+           'synthetic_tables', 'write_synthetic', 'finish', 'draw_share', 'synthesise', 'shipped_bundle', 'said',
+           'run_bundles', 'one_bundle', 'cohort_fingerprints', 'which_bundle', 'as_text', 'card_table', 'card_parts',
+           'model_card']
 
 # %% ../nbs/11d_synthesis.ipynb #71459685
 import json
@@ -104,7 +105,8 @@ def whole_request(generator, bundle, cohort, rows, per_subject, seed, steps, gui
     if plain(note['config']) != plain(generator.config): raise DataError('is not the bundle of this generator', file=bundle, field='bundle', remedy='Name the folder that the generator was loaded from')
     return dict(format=FORMAT, kind='synthetic', synthetic=True, bundle=bundle_hash(bundle), seed=int(seed), steps=steps, guidance=float(guidance),
                 per_subject=int(per_subject), subjects=len(rows),
-                parents=cohort.fingerprint, parents_kind=cohort.manifest['kind'], rows=digest(np.asarray(rows), 16), trained_on=note['provenance'].get('cohort'), labels_of='parent')
+                parents=cohort.fingerprint, parents_kind=cohort.manifest['kind'], rows=digest(np.asarray(rows), 16), trained_on=note['provenance'].get('cohort'), labels_of='parent',
+                **{k:v for k,v in note['provenance'].items() if k == 'trained_on_people'})   # an earlier bundle does not say it
 
 # %% ../nbs/11d_synthesis.ipynb #6c5e2356
 def refuse_other(file,     # manifest or progress
@@ -225,21 +227,30 @@ def shipped_bundle() -> Path:
     if not (folder/'bundle.json').is_file(): raise DataError('is missing', file=folder.name, field='bundle', remedy='Install the package anew, or train a generator (papermill nbs/30_amdf_train.ipynb) and name its folder')
     return folder
 
+def said(note, *keys): # a bundle.json, perhaps an old or a broken one
+    "What stands in it under these keys, one within the other; None where nothing does."
+    for k in keys: note = note.get(k) if isinstance(note, dict) else None
+    return note
+
 def run_bundles(run,       # folder of a run, `runs/<run>`
                 recipe='', # '': any
                 cohorts=None, # fingerprints of cohorts, one of which it must be trained on; None: any
-               ) -> list:  # folders, sorted
-    "The bundles that a run has trained to the end."
-    found = [f for f in sorted(Path(run).glob('*/bundle/bundle.json')) if (f.parents[1]/'done.json').exists()]
-    notes = {f.parent:read_json(f) for f in found}
-    return [f for f,n in notes.items() if n.get('format') == BUNDLE_FORMAT and recipe in ('', n['config']['recipe']) and (cohorts is None or n['provenance'].get('cohort') in cohorts)]
+               ) -> dict:  # folder -> its bundle.json, sorted
+    "The bundles that a run has trained to the end. Where none fits, one that may be meant but is of another format, or broken, is refused: another in its place would be a surprise."
+    notes = {f.parent:read_json(f) for f in sorted(Path(run).glob('*/bundle/bundle.json')) if (f.parents[1]/'done.json').exists()}
+    wanted = [(('config', 'recipe'), [recipe] if recipe else None), (('provenance', 'cohort'), cohorts)]
+    def fits(note, *silent): return all(want is None or said(note, *keys) in (*want, *silent) for keys,want in wanted)
+    found = {f:n for f,n in notes.items() if said(n, 'format') == BUNDLE_FORMAT and fits(n)}
+    for f,n in {} if found else notes.items():
+        if fits(n, None): check_bundle(f)
+    return found
 
 # %% ../nbs/11d_synthesis.ipynb #6b2ed98c
 def one_bundle(run, recipe, cohorts=None, seed=0, config=None): # config: of its stage, as `recipe_config` of chapter 11e gives it -> a folder, or None where there is none
     "The run's only bundle that fits; of several, the one that was trained with these settings, or else with this seed."
-    found = run_bundles(run, recipe, cohorts); trained = {f:read_json(f/'bundle.json')['provenance'].get('config') or {} for f in found}
+    trained = {f:said(n, 'provenance', 'config') or {} for f,n in run_bundles(run, recipe, cohorts).items()}; found = list(trained)
     if exact := [f for f in found if config is not None and trained[f] == json.loads(json.dumps(config))]: found = exact
-    same = [f for f in found if trained[f].get('train', {}).get('seed') == seed] if len(found) > 1 else found
+    same = [f for f in found if said(trained[f], 'train', 'seed') == seed] if len(found) > 1 else found
     names = lambda fs: ', '.join(f.parent.name for f in fs)
     remedy = 'Name the folder of one of them: -p bundle runs/<run>/<stage>/bundle'
     if len(same) > 1: raise DataError(f'{len(same)} bundles fit: {names(same)}', file=Path(run).name, field='bundle', remedy=remedy)

@@ -4,6 +4,7 @@ import numpy as np, pydicom.data, pytest, torch
 from ecgflowcmr.bundle import ECGFlowCMR, PARTS
 from ecgflowcmr.cohort import build_virtual_cohort
 from ecgflowcmr.ecg import DataError
+from ecgflowcmr.files import digest
 from ecgflowcmr.stages import fit_generator
 from ecgflowcmr.virtual.people import virtual_subject
 
@@ -89,4 +90,5 @@ def test_the_stages_alone_are_loaded_the_second_time(tmp_path):
     cohort = build_virtual_cohort(tmp_path/'cohort', 40, workers=1, progress=False)
     (a, folder), (b, again) = (fit_generator(cohort, 'smoke', 'harmonic', tmp_path) for _ in range(2))
     assert folder == again and not list(folder.glob('*cache*')) and not list(folder.glob('paths*'))
+    assert a.provenance['trained_on_people'] == digest(sorted(cohort.table.loc[cohort.table['split'] == 'train', 'subject']), 16), 'the bundle says of whom it knows, without a name'
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
