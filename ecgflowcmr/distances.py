@@ -213,7 +213,7 @@ def see(self:Sketch,
     "Look at some cines."
     if self.extractor is None: raise DataError('was restored from a file and has no extractor', file=self.about['name'], field='extractor', remedy='Make a new Sketch for more cines and merge the two')
     check_cines(cines, allow=allow)
-    x = self.extractor(cines, allow=(*allow,'blank','still')).detach().cpu().numpy()
+    x = self.extractor(cines, allow=allow).detach().cpu().numpy()
     return self.add(rearrange(x, '(b t) d -> b t d', b=len(cines)) if self.about['input'] == 'frame' else x, ids)
 
 @patch
@@ -386,7 +386,7 @@ def check_pair(a:Tensor, b:Tensor): # `(b, t, h, w)`
 def pair_values(a:Tensor, b:Tensor, perceptual=None, allow=()) -> dict: # cines `(b, t, h, w)` in [-1, 1]; an extractor with `distance`; what `check_cines` lets through -> name -> `(b,)`
     "One value a cine of each measure."
     check_pair(a, b); a, b = a.float(), b.float(); v = {'PSNR (dB)':psnr(a, b), 'SSIM':ssim(a, b), 'L1':(a-b).abs().mean((1,2,3))}
-    if perceptual is not None: v[named('LPIPS', dict(family=perceptual.family))] = perceptual.distance(a, b, allow=(*allow,'blank','still')).mean(1)
+    if perceptual is not None: v[named('LPIPS', dict(family=perceptual.family))] = perceptual.distance(a, b, allow=allow).mean(1)
     v = {k:o.detach().cpu().numpy().astype('f8') for k,o in v.items()}
     bad = [k for k,o in v.items() if not np.isfinite(o).all()]
     if bad: raise DataError(f'{", ".join(bad)} is NaN or infinite', field='cines', remedy='Find the layer it comes from')

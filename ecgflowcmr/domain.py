@@ -25,7 +25,7 @@ from .files import read_json, sha256_file
 from .layers import fourier_basis
 from .train import fit, finish_stage, finished, load_stage, stage_folder, training_steps, waiting
 from .fidelity import FRAMES, READ, correlation, labelled, stored_cines, truth, volume_curves
-from .extractors import Extractor, check_cines
+from .extractors import Extractor
 
 # %% ../nbs/15d_domain.ipynb #7a4655fb
 uniform = lambda *s, rng: torch.rand(*s, generator=rng)   # on the CPU, from the step's own generator
@@ -231,7 +231,7 @@ class DomainExtractor(Extractor):
         "Frames `(n, 1, h, w)` or beats as they are."
         return cines.to(device=self.device, dtype=torch.float32).clamp(-1, 1)
 
-    def forward(self, cines:Tensor, allow=('blank','still')) -> Tensor: # and what `check_cines` lets through -> `(b*t, 128)` of frames, `(b, 128)` of beats
+    def forward(self, cines:Tensor, allow=()) -> Tensor: # `(b*t, 128)` of frames, `(b, 128)` of beats
         "Features of cines `(b, t, 96, 96)` in [-1, 1]."
         self.check_shape(cines)
         return super().forward(cines, allow)
@@ -255,10 +255,10 @@ def check_cohort(self:DomainExtractor, cohort): # returns the extractor
 
 @patch
 @torch.no_grad()
-def distance(self:DomainExtractor, a:Tensor, b:Tensor, allow=('blank','still')) -> Tensor: # cines `(b, t, 96, 96)` in [-1, 1], what `check_cines` lets through -> `(b, t)`
+def distance(self:DomainExtractor, a:Tensor, b:Tensor, allow=()) -> Tensor: # cines `(b, t, 96, 96)` in [-1, 1], pairs; as `forward` -> `(b, t)`
     "Domain LPIPS of paired frames: 0 the same image, 1 as far as two people are."
     if self.input != 'frame': raise DataError('compares beats, not frames', file=self.name, field='distance', remedy='Use the frame extractor')
-    for x in (a, b): self.check_shape(x); check_cines(x, f'input of {self.name}', allow=allow)
+    for x in (a, b): self.check_shape(x); self.checked(x, allow)
     if a.shape != b.shape: raise DataError(f'{tuple(a.shape)} and {tuple(b.shape)}', file=f'input of {self.name}', field='shape', remedy='Give pairs')
     one, two = (rearrange(self.shown(x), 'b t h w -> (b t) 1 h w').split(self.chunk) for x in (a, b))
     out = torch.cat([(by_level(self.net.maps(p), self.net.maps(q))/self.apart[:,None]).mean(0) for p,q in zip(one, two)])

@@ -134,13 +134,18 @@ def shown(self:Extractor, cines:Tensor) -> Tensor: # frames `(b*t, 3, h, w)` or 
     return self.see(x) if self.see else x
 
 @patch
+def checked(self:Extractor, cines:Tensor, allow=()) -> Tensor: # an input, and what `check_cines` lets through of it
+    "Refuse what is no input; blank and still cines may be a part of one: refuse those where the whole set is known."
+    return check_cines(cines, f'input of {self.name}', allow=(*allow,'blank','still'))
+
+@patch
 @torch.no_grad()
 def forward(self:Extractor,
-            cines:Tensor,              # `(b, t, h, w)` in [-1, 1]
-            allow=('blank','still'),   # what `check_cines` lets through here: refuse those where the whole set is known
-           ) -> Tensor:                # `(b*t, num_features)` of frames or `(b, num_features)` of videos, float32
+            cines:Tensor, # `(b, t, h, w)` in [-1, 1]
+            allow=(),     # `('positive',)`: see `check_cines`
+           ) -> Tensor:   # `(b*t, num_features)` of frames or `(b, num_features)` of videos, float32
     "Features of cines."
-    cines = check_cines(cines, f'input of {self.name}', allow=allow)
+    cines = self.checked(cines, allow)
     pieces = rearrange(cines, 'b t h w -> (b t) 1 h w') if self.input == 'frame' else cines
     with torch.autocast(self.device.type, enabled=False): out = torch.cat([self.net(self.shown(o)) for o in pieces.split(self.chunk)])
     if out.shape != (len(pieces), self.num_features): raise DataError(f'the network gave {tuple(out.shape)}, expected {(len(pieces), self.num_features)}', file=self.name, field='features', remedy='Correct num_features or the network')
@@ -425,9 +430,9 @@ class LPIPS(Extractor):
 # %% ../nbs/15b_extractors.ipynb #18d47375
 @patch
 @torch.no_grad()
-def distance(self:LPIPS, a:Tensor, b:Tensor, allow=('blank','still')) -> Tensor: # cines `(b, t, h, w)` in [-1, 1], pairs, and what `check_cines` lets through -> `(b, t)`, float32
+def distance(self:LPIPS, a:Tensor, b:Tensor, allow=()) -> Tensor: # cines `(b, t, h, w)` in [-1, 1], pairs; as `forward` -> `(b, t)`, float32
     "LPIPS of every frame of `a` with the same frame of `b`; 0 for the same picture."
-    a, b = (check_cines(o, f'input of {self.name}', allow=allow) for o in (a, b))
+    a, b = (self.checked(o, allow) for o in (a, b))
     if a.shape != b.shape: raise DataError(f'{tuple(a.shape)} and {tuple(b.shape)}', file=f'input of {self.name}', field='shape', remedy='Give pairs')
     unit, out = lambda m: m/(m.norm(dim=1, keepdim=True) + 1e-10), []
     with torch.autocast(self.device.type, enabled=False):
