@@ -45,7 +45,7 @@ def meeting(env) -> dict: # what torch.distributed reads
 # %% ../nbs/00g_processes.ipynb #beeffdb6
 def join():
     "Meet the other processes, once."
-    import torch, torch.distributed as dist
+    import torch, torch.distributed as dist  # here and below, because papermill reads this module at every start, and torch takes a second to import
     if world() == 1 or dist.is_initialized(): return
     os.environ.update(meeting(os.environ))
     both = torch.cuda.is_available() and dist.is_nccl_available()

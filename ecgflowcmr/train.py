@@ -245,7 +245,7 @@ def pick_fabric(device='auto',    # 'auto' (a GPU if there is one), 'cpu', 'cuda
 # %% ../nbs/07_train.ipynb #9f147efa
 def outside():
     "Fabric's DDP for processes that others have started; each has one device."
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies import DDPStrategy  # here, because one process does without it and it takes three seconds to import
     class Outside(DDPStrategy):
         def _configure_launcher(self): self._launcher = None
         @property

@@ -27,7 +27,7 @@ STABLE = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, p
 
 def scheduler(noise:dict): # settings as diffusers names them -> its `DDIMScheduler`
     "The mixing of noise, 1,000 steps unless `num_train_timesteps` says otherwise, and DDIM."
-    from diffusers import DDIMScheduler  # here and below, because diffusers takes three seconds to import
+    from diffusers import DDIMScheduler  # here, because diffusers takes three seconds to import
     plan = DDIMScheduler(**dict(clip_sample=False) | noise)
     if plan.config.prediction_type == 'epsilon' and plan.config.rescale_betas_zero_snr:
         raise DataError('cannot be learnt where no signal is left', field='prediction_type epsilon', remedy="Let the net predict 'sample' or 'v_prediction', or leave rescale_betas_zero_snr out")
@@ -44,7 +44,7 @@ class ModelScope(nn.Module):
     "Latents from an ECG, by DDIM."
     draws = 'latents'
     def __init__(self, features:int, measures:int, channels:int=16, widths:tuple=(96,128), layers:int=1, attend:int=2, head:int=16, groups:int=16, context:int=96, fold:tuple=(2,2), pooled:bool=True, noise:dict=LINEAR):
-        from diffusers import UNet3DConditionModel
+        from diffusers import UNet3DConditionModel  # here, because diffusers takes three seconds to import, and the other systems do without it
         super().__init__()
         self.fold, self.pooled, self.schedule, d = tuple(fold), pooled, scheduler(noise), channels*fold[0]*fold[1]**2
         self.register_buffer('mean', torch.zeros(channels,1,1,1)); self.register_buffer('spread', torch.ones(channels,1,1,1))
