@@ -25,7 +25,7 @@ from ..processes import barrier, main_first, main_process
 from ..clean import CARDIACNETS, clean, ecg_transform
 from ..layers import Block, motion_images
 from ..pace import length
-from ..train import fill, fit, finish_stage, finished, read_log, read_tensors, stage_folder, waiting, whole, write_tensors
+from ..train import fill, fit, finish_stage, finished, own_device, read_log, read_tensors, stage_folder, waiting, whole, write_tensors
 from .swin import both_views, info_nce, recall_at, to_images, warmed
 
 # %% ../../nbs/13b_cardiacnets.align.ipynb #39ce3f67
@@ -232,8 +232,7 @@ def fit_alignment(cohort, config:dict, run, swin:tuple=None, device:str='auto') 
     folder = stage_folder(run, 'alignment_harmonic' if own else 'alignment', dict(cohort=cohort.fingerprint, **({} if own else dict(swin=sha256_file(Path(swin[1])/'model.safetensors'))), **config))
     torch.manual_seed(config['train']['seed']); model = Aligner(config['vit'], own or swin[0].width, config['joint'])
     if finished(folder): return load_best(folder, model), folder
-    on = 'cuda' if device == 'auto' and torch.cuda.is_available() else 'cpu' if device == 'auto' else device
-    batch, judge, figures, seen = align_data(cohort, config, run, fit_harmonics(cohort, own) if own else copy.deepcopy(swin[0]), on); model.set_scales({v:o.cpu() for v,o in seen.items()})
+    batch, judge, figures, seen = align_data(cohort, config, run, fit_harmonics(cohort, own) if own else copy.deepcopy(swin[0]), own_device(device)); model.set_scales({v:o.cpu() for v,o in seen.items()})
     loss = lambda m, index, rng: align_loss(m, *batch(rows[index.numpy()], rng), config['temperature'])
     best, summary = fit_kept(model, loss, len(rows), config['train'], folder, judge, device=device, desc='alignment')
     finish_stage(folder, figures(best), config=config, training=summary, seconds=summary['seconds'], device=summary['device'])
