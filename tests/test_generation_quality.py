@@ -4,6 +4,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from ecgflowcmr.bundle import ECGFlowCMR
+from ecgflowcmr.vae import TimeConv
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +61,10 @@ def test_ablation_and_noise_scale(run, papermill_run, cells):
     assert table.index.tolist() == ['everything', 'without ECG', 'VAE for each frame alone'] and (table.loc['everything', ['more obedience', 'more agreement: high']] == 0).all()
     whole, deaf, frames = (np.load(next((run/'ablation').glob(f'{v}-*'))/'cines.npy').astype(float) for v in ('whole', 'no_ecg', 'vae_per_frame'))
     assert np.abs(whole - deaf).mean() > 1 and (whole != frames).mean() > .05, 'a part that is taken out changes the picture: a switch that does nothing would draw the same bytes'
+    beside, alone = ([m.weight for o in run.glob('amdf*/bundle') if (g := ECGFlowCMR.from_pretrained(o)).config['vae'].get('time', True) == time for m in g.vae.modules() if isinstance(m, TimeConv)] for time in (True, False))
+    one = torch.tensor([[0.], [1.], [0.]])
+    assert alone and all(torch.equal(w, one.expand_as(w)) for w in alone), 'a VAE for each frame sees no other frame'
+    assert beside and not any(torch.equal(w, one.expand_as(w)) for w in beside), 'that of the whole system does'
     cells('42_noise_scale.ipynb', preset='smoke', run=run.name, alphas='.5 1')
     table = pd.read_csv(run/'figures'/'noise_scale.csv', index_col=0)
     assert table.index.tolist() == [.5, 1.] and table['LPIPS'].notna().all()
