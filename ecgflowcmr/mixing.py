@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'DRAWERS', 'Method', 'method_of', 'Leak', 'Seen', 'check_no_leak', 'people_of', 'seen_by_generator',
-           'stage_hash', 'draw_system', 'drawn_cohorts', 'synthetic_part', 'altered', 'altering', 'pool_of',
+           'stage_hash', 'draw_system', 'drawn_by', 'drawn_cohorts', 'synthetic_part', 'altered', 'altering', 'pool_of',
            'pretrained']
 
 # %% ../nbs/14a_mixing.ipynb #9366dbb7
@@ -22,6 +22,7 @@ from .files import digest, locked, sha256_file
 from .processes import barrier, main_first, main_process
 from .cohort import FORMAT, Cohort, open_cohort, people
 from .bundle import RECIPES
+from .stages import people_digest
 from .synthesis import begin, bundle_hash, draw_share, finish, noise_seeds, record_names, row_ids, synthesise
 from .baselines.systems import LATER, NAMES, SECONDS, SYSTEMS, fit_any
 from .downstream import Cines, fit_mae
@@ -77,6 +78,7 @@ def seen_by_generator(synthetic, cohorts) -> list: # synthetic cohort; cohorts t
     if not m.get('synthetic'): raise DataError('is no synthetic cohort', file=synthetic.folder, remedy='Name one that chapter 35 has drawn')
     trained = [c for c in cohorts if c.fingerprint == m.get('trained_on')]
     if not trained: raise Leak(f'it is not known whom {what} has seen: it was trained on cohort {m.get("trained_on")}, which is none of those at hand', file=synthetic.folder, field='leakage', remedy='Draw with a generator that was trained on the training split of this cohort')
+    if (told := m.get('trained_on_people')) and told != (here := people_digest(trained[0])): raise Leak(f'{what} was trained on other people (digest {told}) than the training split of its cohort has here ({here})', file=synthetic.folder, field='leakage', remedy='The splits were changed since: train a generator on the training split of this cohort')
     return [Seen(what, people_of(trained[0]), 'Test on people who are not in the training split of its cohort, or train another generator'),
             Seen(f'{synthetic.folder.name}, which was drawn from their ECGs', frozenset(people(synthetic.table)), 'Draw from training ECGs only: -p split train')]
 
@@ -96,8 +98,13 @@ def draw_system(generator, made_by:str, cohort, folder, seed:int, chunk:int=8, b
         if begun is not None:
             draw_share(generator, cohort, part, rows, seeds, begun['chunk'], begun['batch'], progress); barrier()
             with main_first():
-                if main_process(): finish(folder, part, cohort, rows, request, begun['chunk'], ids, seeds, generator.config['pixel_mm'])
+                if main_process(): finish(folder, part, cohort, rows, request | dict(trained_on_people=people_digest(cohort)), begun['chunk'], ids, seeds, generator.config['pixel_mm'])
     return open_cohort(folder)
+
+def drawn_by(synthetic) -> str: # cohorts -> a system of chapter 12f, 'ours', or '' if it is not known or several did
+    "Who drew synthetic cohorts, as their manifests say."
+    who = {c.manifest.get('system') or ('ours' if 'bundle' in c.manifest and 'guidance' in c.manifest else '') for c in synthetic}   # `synthesise` draws with bundles of ECGFlowCMR and with nothing else
+    return who.pop() if len(who) == 1 else ''
 
 # %% ../nbs/14a_mixing.ipynb #e0f2f6d7
 def drawn_cohorts(cohort, system:str, ratio:int, preset:str, run, generators, seed:int=0, seconds:float=-1, device:str='auto', progress:bool=True) -> list: # folder for the cines; folder of the run with the generators
@@ -124,7 +131,7 @@ def altered(x:np.ndarray, seed:int) -> np.ndarray: # a cine `(50, 96, 96)` uint8
     "A turned, moved, scaled copy with another contrast."
     a, dx, dy, scale, gain = np.random.default_rng(seed).uniform(-1, 1, 5)*[np.pi/12, 6*2/96, 6*2/96, .15, .15]
     turn = torch.tensor([[np.cos(a)*(1+scale), -np.sin(a)*(1+scale), dx], [np.sin(a)*(1+scale), np.cos(a)*(1+scale), dy]], dtype=torch.float32)[None]
-    y = F.grid_sample(torch.from_numpy(x)[None].float(), F.affine_grid(turn, (1, len(x), 96, 96), align_corners=False), padding_mode='border', align_corners=False)[0]
+    y = F.grid_sample(torch.from_numpy(x.astype('f4'))[None], F.affine_grid(turn, (1, len(x), 96, 96), align_corners=False), padding_mode='border', align_corners=False)[0]
     return ((y - 127.5)*(1 + gain) + 127.5).clamp(0, 255).round().byte().numpy()
 
 def altering(n:int, seed:int): # items from `n` on are copies -> `change` of `fit_mae`
