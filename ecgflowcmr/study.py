@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLE2', 'TABLE3', 'TABLE4', 'PUBLISHED', 'CONTROLS', 'LINES', 'COLOURS', 'published', 'as_published', 'audited',
-           'audit_line', 'methods_of', 'folds_of', 'study_config', 'synthetic_for', 'run_study', 'out_of_fold',
-           'margin', 'binary_row', 'classes_row', 'against', 'control_of', 'with_holm', 'parted', 'classifier_table',
-           'phenotype_table', 'ratio_axes', 'speed_table']
+           'audit_line', 'methods_of', 'control_of', 'folds_of', 'study_config', 'synthetic_for', 'run_study',
+           'out_of_fold', 'margin', 'binary_row', 'classes_row', 'against', 'with_holm', 'parted', 'classifier_table',
+           'phenotype_table', 'ratio_axes', 'epochs_run', 'speed_table']
 
 # %% ../nbs/16b_study.ipynb #06e0e91d
 from pathlib import Path
@@ -22,7 +22,7 @@ from .cohort import audit_together, open_cohort
 from .bundle import RECIPES
 from .stages import changed
 from .downstream import mae_config
-from .mixing import Method, drawn_cohorts, method_of, pretrained
+from .mixing import Method, drawn_by, drawn_cohorts, method_of, pretrained
 from .tasks import Task, tune, tune_config
 from .stats import adjusted, wilson_interval
 from .scores import choose_threshold, compare_phenotypes, fold_auc, fold_mean, fold_test, macro_test, multiclass_scores, phenotype_scores
@@ -85,9 +85,9 @@ def published(table:str) -> dict: # 'table2' ... -> {(row, column): text}
     head, *lines = PUBLISHED[table].split('\n'); columns = head.split()
     return {(row, c):v.replace('.', '0.', 1).replace('±.', ' ± 0.') if v[0] == '.' else v for row,*values in map(str.split, lines) for c,v in zip(columns, values)}
 
-def as_published(table:str, method:Method, column:str) -> str: # 'UK Biobank, as published', or '' where the paper has no such row
+def as_published(table:str, method:Method, column:str, synthetic=()) -> str: # ...; synthetic cohorts of the method, for `given` -> 'UK Biobank, as published', or '' where the paper has no such row
     "The paper's number for a method and a column."
-    system = 'ours' if method.system in RECIPES else method.system
+    system = drawn_by(synthetic) if method.system == 'given' else 'ours' if method.system in RECIPES else method.system
     row = method.kind if method.kind in ('vit','mae_real') else f'{system}:{method.ratio}' if method.kind == 'mae_synthetic' else ''
     return published(table).get((row, column), '')
 
@@ -109,13 +109,18 @@ def audit_line(found:dict) -> str:
 CONTROLS = dict(longer='mae_real_longer', augmented='mae_real_augmented')
 
 def methods_of(systems:str, ratios:str, controls:str='longer', methods:str='') -> list: # names, per cents, names of `CONTROLS` or none, each separated by blanks; or methods as `method_of` reads them
-    "The rows of a table: ViT, MAE (real), each system at each ratio, and the controls of the highest ratio."
+    "The rows of a table: ViT, MAE (real), the controls of each ratio, and each system at each ratio."
     if methods: keys = methods.split()
     else:
         if bad := [r for r in ratios.split() if not r.isdigit()]: raise DataError(f'{bad[0]!r} is no whole number', field='parameter ratios', remedy='Give per cents separated by blanks: 100 300')
         if bad := [c for c in controls.split() if c not in (*CONTROLS, 'none')]: raise DataError(f'{bad[0]!r} is not known', field='parameter controls', remedy=f'Use {", ".join(CONTROLS)} or none')
-        high = max(map(int, ratios.split()), default=0); keys = ['vit', 'mae_real', *(f'{CONTROLS[c]}:{high}' for c in controls.split() if high and c != 'none'), *(f'mae_synthetic:{s}:{r}' for s in systems.split() for r in ratios.split())]
+        keys = ['vit', 'mae_real', *(f'{CONTROLS[c]}:{r}' for c in controls.split() if c != 'none' for r in ratios.split()), *(f'mae_synthetic:{s}:{r}' for s in systems.split() for r in ratios.split())]
     return [method_of(k) for k in dict.fromkeys(keys)]
+
+def control_of(m:Method, keys): # -> key of the method that trained as long on real cines alone, or on altered ones, or None
+    "The control of a row with drawn or altered cines."
+    own = dict(mae_synthetic=('longer','augmented'), mae_real_augmented=('longer',)).get(m.kind, ())
+    return next((k for k in (f'{CONTROLS[c]}:{m.ratio}' for c in own) if k in keys), None)
 
 def folds_of(folds:str, k:int=5): # 'all', or numbers from 1, separated by blanks -> numbers from 0, or None for all
     "Which folds a job runs."
@@ -182,11 +187,6 @@ def against(task:Task, said:list, reference:list): # -> `DeLong`
     return fold_test(y, margin(a), margin(b), fold) if len(task.names) == 2 else macro_test(y, softmax(a, 1), softmax(b, 1))
 
 # %% ../nbs/16b_study.ipynb #61d14535
-def control_of(m:Method, keys): # -> key of the method that trained as long on real cines alone, or None
-    "The control of a row with drawn or altered cines."
-    key = f'mae_real_longer:{m.ratio}'
-    return key if m.kind in ('mae_synthetic','mae_real_augmented') and key in keys else None
-
 def with_holm(rows) -> pd.DataFrame: # of dicts
     "A table with p values adjusted, those of each question together."
     out = pd.DataFrame(rows)
@@ -196,7 +196,7 @@ def with_holm(rows) -> pd.DataFrame: # of dicts
 def parted(d, name:str='difference', p:str='p') -> dict: # a `DeLong` or `Comparison`
     return {name:d.difference, f'{name}: low':d.interval[0], f'{name}: high':d.interval[1], p:d.p}
 
-def classifier_table(tasks, methods, said:dict, table:str, reference:str='mae_real') -> pd.DataFrame: # 'table2', 'table4': whose published numbers stand beside
+def classifier_table(tasks, methods, said:dict, table:str, reference:str='mae_real', synthetic:dict=None) -> pd.DataFrame: # 'table2', 'table4': whose published numbers stand beside; of `synthetic_for`
     "A row for each method and task."
     rows = []
     for t in tasks:
@@ -204,12 +204,12 @@ def classifier_table(tasks, methods, said:dict, table:str, reference:str='mae_re
             row = dict(method=m.key, name=str(m), task=t.name) | (binary_row if len(t.names) == 2 else classes_row)(t, said[m.key, t.name])
             if reference in {o.key for o in methods} and m.key != reference:
                 row |= parted(against(t, said[m.key, t.name], said[reference, t.name]))
-            if control := control_of(m, {o.key for o in methods}): row |= parted(against(t, said[m.key, t.name], said[control, t.name]), 'over control', 'over control: p')
-            rows.append(row | {f'{c}, as published':as_published(table, m, f'{t.name}:{c}') for c in ('ACC','AUC')})
+            if control := control_of(m, {o.key for o in methods}): row |= dict(control=control) | parted(against(t, said[m.key, t.name], said[control, t.name]), 'over control', 'over control: p')
+            rows.append(row | {f'{c}, as published':as_published(table, m, f'{t.name}:{c}', (synthetic or {}).get(m.key, ())) for c in ('ACC','AUC')})
     return with_holm(rows)
 
 # %% ../nbs/16b_study.ipynb #dbed58f0
-def phenotype_table(task:Task, methods, said:dict, reference:str='mae_real', draws:int=2000, show=('LVEDV','LVEF','LVM','RVEDV')) -> tuple: # -> a row for each method, scores {key: `PhenotypeScores`}, differences {key: `PhenotypeDifferences`}
+def phenotype_table(task:Task, methods, said:dict, reference:str='mae_real', draws:int=2000, show=('LVEDV','LVEF','LVM','RVEDV'), synthetic:dict=None) -> tuple: # of `synthetic_for` -> a row for each method, scores {key: `PhenotypeScores`}, differences {key: `PhenotypeDifferences`}
     "Table 3, with what the paper leaves out."
     items = task.folds[0][2]; y = task.y[items]; rows, scores, apart = [], {}, {}
     for m in methods:
@@ -219,8 +219,8 @@ def phenotype_table(task:Task, methods, said:dict, reference:str='mae_real', dra
         if reference in {o.key for o in methods} and m.key != reference:
             d = apart[m.key] = compare_phenotypes(y, p, said[reference, task.name][0]['test'], task.names, draws); q = adjusted(d.r2[:,3])
             row |= parted(d.mean_r2) | {'better of all':int(((d.r2[:,0] > 0) & (q < .05)).sum()), 'worse of all':int(((d.r2[:,0] < 0) & (q < .05)).sum())}
-        if control := control_of(m, {o.key for o in methods}): row |= parted(compare_phenotypes(y, p, said[control, task.name][0]['test'], task.names, draws).mean_r2, 'over control', 'over control: p')
-        rows.append(row | {f'{n} {k}, as published':as_published('table3', m, f'{n}:{k}') for n in show for k in ('MAE','R2')} | {'mean R2, as published':as_published('table3', m, 'mean:R2')})
+        if control := control_of(m, {o.key for o in methods}): row |= dict(control=control) | parted(compare_phenotypes(y, p, said[control, task.name][0]['test'], task.names, draws).mean_r2, 'over control', 'over control: p')
+        own = (synthetic or {}).get(m.key, ()); rows.append(row | {f'{n} {k}, as published':as_published('table3', m, f'{n}:{k}', own) for n in show for k in ('MAE','R2')} | {'mean R2, as published':as_published('table3', m, 'mean:R2', own)})
     return with_holm(rows), scores, apart
 
 # %% ../nbs/16b_study.ipynb #846d745e
@@ -241,6 +241,15 @@ def ratio_axes(ax, rows, value:str, low:str, high:str): # rows of one task, of `
     ax.set_xlabel('added to the real cines (%)'); ax.grid(lw=.3); ax.spines[['top','right']].set_visible(False)
 
 # %% ../nbs/16b_study.ipynb #881eea6a
+def epochs_run(stages:dict) -> dict: # of `run_study` -> {'pre-training': {method key: passes}, 'fine-tuning': {task: epochs}}
+    "Epochs that were run, as the finished stages say."
+    out = {'pre-training':{}, 'fine-tuning':{}}
+    for (method, part, *_),folder in stages.items():
+        done, c = read_json(Path(folder)/'done.json'), read_json(Path(folder)/'config.json')
+        if part == 'pre-training': out[part][method] = round(done['training']['steps']*c['train']['batch']/done['figures']['cines'], 2)
+        else: out['fine-tuning'][part] = len(done['curve'])
+    return out
+
 def speed_table(stages:dict) -> pd.DataFrame: # of `run_study`
     "Median pace, memory and waiting of pre-training and of fine-tuning."
     rows = {}
