@@ -13,16 +13,18 @@
 #   snakemake --cores 2 table1                           # Table 1 and Figure 3 (40); trains the systems first
 #   snakemake --cores 2 ablation noise_scale             # Figure 2(a) and 2(b) (41, 42)
 #   snakemake --cores 2 table2 table3 table4             # what synthetic cines are good for (50, 51, 52): jobs of method x task x folds, side by side
-#   snakemake --cores 2 table2 --config systems="harmonic videogpt" ratios="100 200 300"   # whose cines, how many per cent
+#   snakemake --cores 2 table2 --config systems="harmonic videogpt" ratios="100 200 300" controls="longer augmented"   # whose cines, how many per cent, which rows beside them
 #   snakemake --cores 2 screening label_efficiency subtypes   # CardiacNets' Figures 2 and 3 (62 to 64); trains its streams and its aligned encoder first (60, 61)
 #   snakemake --cores 2 turing_test reader_study         # pages for readers, and what machine readers say (43, 66); answers of people: type the notebook's own line
 #   snakemake --cores 2 phenotypes_from_generated        # CardiacNets' Fig. 4: what is read from its generated cines (65)
-#   snakemake --cores 2 paper                            # all tables and figures beside the papers' numbers (90)
+#   snakemake --cores 2 paper                            # Tables 1 to 4 and Figures 2 and 3 beside the paper's numbers (90); with virtual hearts, and not at smoke, in figures/ as well (publish=True, False)
+#   snakemake --cores 2 papers                           # and those of CardiacNets
 #   snakemake --cores 2 real_ecgs                        # a page of real ECGs; of the files that ECGFLOWCMR_FIXTURES names
 #   snakemake --cores 2 cost                             # what the full run would cost
 #   snakemake --cores 2 benchmarks_generator             # how fast the generator is, on a GPU if there is one; on a quiet machine
 #   snakemake --cores 1 benchmarks                       # how fast, beside the peers' way; not part of `all`, on a quiet machine
 
+import hashlib
 import re
 import shlex
 from pathlib import Path
@@ -37,8 +39,8 @@ SIZES = f" -p settings {shlex.quote(str(config['sizes']))}" if config.get("sizes
 BUILD = " ".join(f"-p {k} {config[k]}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
 PROCESSES = int(config.get("processes", 1))
 MANY = f"torchrun --standalone --nproc-per-node {PROCESSES} --no-python " if PROCESSES > 1 else ""   # for the rules that train
-if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "settings", "processes", "systems", "ratios", "sizes"}:
-    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes; of tables 2 to 4: systems, ratios, sizes (also of screening, label_efficiency, subtypes, phenotypes_from_generated)")
+if unknown := set(config) - {"preset", "recipe", "cohort", "run", "seed", "settings", "processes", "systems", "ratios", "controls", "synthetic", "sizes", "publish"}:
+    raise WorkflowError(f"unknown configuration {sorted(unknown)}; valid are preset, recipe, cohort, run, seed, settings, processes; of tables 2 to 4: systems, ratios, controls, synthetic, sizes (also of screening, label_efficiency, subtypes, phenotypes_from_generated); of paper and papers: publish")
 
 
 def code(notebook):
@@ -222,13 +224,14 @@ rule few_steps:
     params: KNOBS
     shell: "papermill nbs/33_few_steps.ipynb {params}"
 
+# Stages of one name and other settings stand side by side (`amdf`, `amdf-HASH`), the first of them under the plain name: the run's own generator (30), which rule amdf looks for. So whatever trains others of that name comes after it: Table 1's harmonic row, the ablations, and the noise scales, which share a row with the ablations.
 SYSTEMS = "videogpt modelscope cardionets echopulse crossmodal released paper harmonic".split()  # ecg2cmr (13d) rests on two trainings of the second paper (60, 61), longer than all others together: by name, `-p systems ...`
 
 rule baselines:
     input: expand(f"runs/{RUN}/baseline-{{system}}.done", system=SYSTEMS)
 
 rule baseline:
-    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output, lambda w: rules.alignment.output if w.system == "ecg2cmr" else []
+    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output, lambda w: dict(ecg2cmr=rules.alignment.output, harmonic=rules.amdf.output).get(w.system, [])
     output: touch(f"runs/{RUN}/baseline-{{system}}.done")
     wildcard_constraints: system="|".join([*SYSTEMS, "ecg2cmr"])
     threads: 1  # the same seconds of one core for each: two at once take half the time
@@ -255,7 +258,7 @@ rule phenotypes_from_generated:
     shell: "papermill nbs/65_phenotypes_from_generated.ipynb {params}"
 
 rule ablation:
-    input: code("41_ablation"), rules.pamae.output, rules.vae.output
+    input: code("41_ablation"), rules.amdf.output
     output: f"runs/{RUN}/ablation/done.json"
     log: f"runs/{RUN}/41_ablation.ipynb"
     threads: 2
@@ -264,7 +267,7 @@ rule ablation:
     shell: "papermill nbs/41_ablation.ipynb {params}"
 
 rule noise_scale:
-    input: code("42_noise_scale"), rules.pamae.output, rules.vae.output
+    input: code("42_noise_scale"), rules.amdf.output, rules.ablation.output
     output: f"runs/{RUN}/noise_scale/done.json"
     log: f"runs/{RUN}/42_noise_scale.ipynb"
     threads: 2
@@ -272,27 +275,27 @@ rule noise_scale:
     params: TABLE_KNOBS
     shell: "papermill nbs/42_noise_scale.ipynb {params}"
 
-# Tables 2 to 4. The generators come first; then an encoder for each method, with its phenotypes; then the folds.
-DRAWERS, RATIOS = str(config.get("systems", "harmonic")).split(), str(config.get("ratios", "100 300")).split()
-ROWS = {k.replace(":", "-"): k for k in ["vit", "mae_real", *(f"mae_real_longer:{max(map(int, RATIOS))}" for _ in RATIOS[:1]), *(f"mae_synthetic:{s}:{r}" for s in DRAWERS for r in RATIOS)]}
-FOLDS = {"a": "1 2", "b": "3 4 5"}
-WARD = {"a": "1 2", "b": "3"} if config["preset"] == "smoke" else FOLDS
-STUDY = TABLE_KNOBS + SIZES
-ALL_ROWS = f"-p systems {shlex.quote(' '.join(DRAWERS))} -p ratios {shlex.quote(' '.join(RATIOS))}"
-JOB = f"runs/{RUN}/jobs/"
-
-rule drawer:
-    input: code("31_baseline_train"), rules.pamae.output, rules.vae.output
-    output: touch(JOB + "system-{drawer}.done")
-    threads: 2
-    resources: gpu=PROCESSES
-    params: TABLE_KNOBS
-    shell: MANY + f"papermill nbs/31_baseline_train.ipynb {JOB}31_{{wildcards.drawer}}.ipynb -p system {{wildcards.drawer}} {{params}}"
+# Tables 2 to 4. The generators come first (those of Table 1: no stage is trained by two rules); then an encoder for each method, with its phenotypes; then the folds.
+# A mark of a job stands in a folder named after what the job depends on, and that of a table after its rows as well, so that another configuration finds its own and leaves the others; the tables are kept in runs/RUN/table2, table2-HASH ..., and the last one that was asked for stands in figures/, which `paper` reads.
+SMOKE = config["preset"] == "smoke"
+DRAWERS, RATIOS, CONTROLS = (str(config.get(k, usual)).split() for k, usual in dict(systems="harmonic", ratios="100" if SMOKE else "100 300", controls="longer").items())
+if unknown := set(CONTROLS) - {"longer", "augmented", "none"}: raise WorkflowError(f"controls: unknown {sorted(unknown)}; valid are longer, augmented, none")
+if bad := [r for r in RATIOS if not r.isdigit()]: raise WorkflowError(f"ratios: {bad} are no whole per cents")
+if "given" in DRAWERS and not config.get("synthetic"): raise WorkflowError("systems: given needs synthetic=FOLDER, a cohort that chapter 35 has drawn")
+ROWS = {k.replace(":", "-"): k for k in ["vit", "mae_real", *(f"mae_real_{c}:{r}" for c in CONTROLS if c != "none" for r in RATIOS), *(f"mae_synthetic:{s}:{r}" for s in DRAWERS for r in RATIOS)]}   # as `methods_of` of chapter 16b
+FOLDS = {"a": "1 2 3 4 5"} if SMOKE else {"a": "1 2", "b": "3 4 5"}   # a fold of smoke takes less time than its kernel
+WARD = {"a": "1 2 3"} if SMOKE else FOLDS
+ILL = ["cad-cm-hf"] if SMOKE else ["cad", "cm", "hf"]
+STUDY = TABLE_KNOBS + SIZES + (f" -p synthetic {shlex.quote(str(config['synthetic']))}" if config.get("synthetic") else "")
+ALL_ROWS = f"-p systems {shlex.quote(' '.join(DRAWERS))} -p ratios {shlex.quote(' '.join(RATIOS))} -p controls {shlex.quote(' '.join(CONTROLS) or 'none')}"
+named = lambda *what: hashlib.sha256(" ".join(what).encode()).hexdigest()[:6]
+JOB = f"runs/{RUN}/jobs/{named(STUDY)}/"
+TABLE = JOB + f"{{}}-{named(ALL_ROWS)}.done"
 
 def drawer_of(wildcards):
     "The generator that a method needs: its output file, or nothing."
     part = ROWS[wildcards.row].split(":")
-    return [f"{JOB}system-{part[1]}.done"] if len(part) == 3 else []
+    return [f"runs/{RUN}/baseline-{part[1]}.done"] if len(part) == 3 and part[1] != "given" else []
 
 rule encoder:
     input: code("51_phenotype_prediction"), drawer_of
@@ -304,10 +307,10 @@ rule encoder:
 rule disease_folds:
     input: code("50_disease_classification"), JOB + "phenotypes-{row}.done"
     output: touch(JOB + "disease-{row}-{disease}-{part}.done")
-    wildcard_constraints: disease="cad|cm|hf", part="[ab]"
+    wildcard_constraints: disease="|".join(ILL), part="[ab]"
     resources: gpu=1
-    params: row=lambda w: ROWS[w.row], folds=lambda w: FOLDS[w.part], knobs=STUDY
-    shell: f"papermill nbs/50_disease_classification.ipynb {JOB}50_{{wildcards.row}}_{{wildcards.disease}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p diseases {{wildcards.disease}} -p folds '{{params.folds}}' {{params.knobs}}"
+    params: row=lambda w: ROWS[w.row], ill=lambda w: w.disease.replace("-", " "), folds=lambda w: FOLDS[w.part], knobs=STUDY
+    shell: f"papermill nbs/50_disease_classification.ipynb {JOB}50_{{wildcards.row}}_{{wildcards.disease}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p diseases '{{params.ill}}' -p folds '{{params.folds}}' {{params.knobs}}"
 
 rule hospital_folds:
     input: code("52_external_validation"), JOB + "phenotypes-{row}.done"
@@ -318,22 +321,22 @@ rule hospital_folds:
     shell: f"papermill nbs/52_external_validation.ipynb {JOB}52_{{wildcards.row}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p folds '{{params.folds}}' {{params.knobs}}"
 
 rule table2:
-    input: code("50_disease_classification"), expand(JOB + "disease-{row}-{disease}-{part}.done", row=ROWS, disease=["cad", "cm", "hf"], part=FOLDS)
-    output: f"runs/{RUN}/table2/done.json"
+    input: code("50_disease_classification"), expand(JOB + "disease-{row}-{disease}-{part}.done", row=ROWS, disease=ILL, part=FOLDS)
+    output: touch(TABLE.format("table2")), f"runs/{RUN}/figures/table2_all.csv"
     log: f"runs/{RUN}/50_disease_classification.ipynb"
     params: STUDY + " " + ALL_ROWS
     shell: "papermill nbs/50_disease_classification.ipynb {params}"
 
 rule table3:
     input: code("51_phenotype_prediction"), expand(JOB + "phenotypes-{row}.done", row=ROWS)
-    output: f"runs/{RUN}/table3/done.json"
+    output: touch(TABLE.format("table3")), f"runs/{RUN}/figures/table3_all.csv"
     log: f"runs/{RUN}/51_phenotype_prediction.ipynb"
     params: STUDY + " " + ALL_ROWS
     shell: "papermill nbs/51_phenotype_prediction.ipynb {params}"
 
 rule table4:
     input: code("52_external_validation"), expand(JOB + "hospital-{row}-{part}.done", row=ROWS, part=WARD)
-    output: f"runs/{RUN}/table4/done.json"
+    output: touch(TABLE.format("table4")), f"runs/{RUN}/figures/table4_all.csv"
     log: f"runs/{RUN}/52_external_validation.ipynb"
     params: STUDY + " " + ALL_ROWS
     shell: "papermill nbs/52_external_validation.ipynb {params}"
@@ -373,10 +376,23 @@ rule cost:
     params: KNOBS
     shell: "papermill nbs/96_cost.ipynb {params}"
 
-rule paper:   # everything beside the published numbers
+# The paper's page reads the run's figures/. Only virtual hearts, and by itself no smoke run, are copied to the repository's figures/.
+PUBLISH = str(config.get("publish", not SMOKE and config.get("cohort", "virtual") == "virtual"))
+if PUBLISH not in ("True", "False"): raise WorkflowError("publish: valid are True, False")
+PAGE = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "cohort", "run", "seed") if config.get(k, "") != "") + f" -p publish {PUBLISH}"
+
+rule paper:   # Tables 1 to 4, Figures 2 and 3
     input: code("90_paper"), rules.table1.output, rules.ablation.output, rules.noise_scale.output, rules.turing_test.output, rules.table2.output, rules.table3.output, rules.table4.output
-    output: f"runs/{RUN}/paper/done.json"
+    output: touch(TABLE.format("paper"))
     log: f"runs/{RUN}/90_paper.ipynb"
     threads: 1
-    params: " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "run", "seed") if config.get(k, "") != "")
+    params: PAGE
     shell: "papermill nbs/90_paper.ipynb {params}"
+
+rule papers:   # and what chapters 17 and 90 show of the second paper and of the generator
+    input: rules.paper.output, rules.obedience.output, rules.few_steps.output, rules.reader_study.output, rules.screening.output, rules.label_efficiency.output, rules.subtypes.output, rules.phenotypes_from_generated.output
+    output: touch(TABLE.format("papers"))
+    log: f"runs/{RUN}/90_papers.ipynb"
+    threads: 1
+    params: PAGE
+    shell: f"papermill nbs/90_paper.ipynb runs/{RUN}/90_papers.ipynb {{params}}"

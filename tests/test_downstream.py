@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 from ecgflowcmr.bundle import ECGFlowCMR
 from ecgflowcmr.cohort import COHORT_SIZE, build_virtual_cohort, cohort_at
 from ecgflowcmr.mixing import Leak, Seen, check_no_leak, method_of, people_of, pool_of
+from ecgflowcmr.study import methods_of
 from ecgflowcmr.synthesis import synthesise
 from ecgflowcmr.tasks import case_control, held_back, tune, tune_config
 
@@ -113,3 +114,66 @@ def test_a_killed_fold_goes_on(tmp_path):
     for k in ('val', 'test'): np.testing.assert_array_equal(a[k], b[k])
     one, two = (json.loads((fold(o)/'done.json').read_text()) for o in ('cut', 'whole'))
     assert one['curve'] == two['curve'] and one['figures'] == two['figures'] and len(one['curve']) == 12
+
+
+# ---- the DAG ----
+
+BIN = Path(sys.executable).parent
+STAND_IN = '''#!{python}
+"In papermill's place: leaves what the notebook would leave, and a line of what was asked."
+import re, sys
+from pathlib import Path
+nb, *rest = sys.argv[1:]; said = {{k: v for p, k, v in zip(rest, rest[1:], rest[2:]) if p == '-p'}}
+n = re.search(r'(\\d\\d)_', nb)[1]; run = Path('runs')/said['run']
+stage = {{'20': 'pamae', '25': 'vae', '30': 'amdf', '40': 'table1', '41': 'ablation', '42': 'noise_scale', '43': 'turing'}}.get(n)
+if stage: (run/stage).mkdir(parents=True, exist_ok=True); (run/stage/'done.json').write_text('{{}}')
+if n in ('50', '51', '52') and 'methods' not in said: (run/'figures').mkdir(parents=True, exist_ok=True); (run/'figures'/f'table{{int(n) - 48}}_all.csv').write_text(said['ratios'] + ' ' + said['controls'])
+with open('asked.txt', 'a') as f: f.write(n + ' ' + ' '.join(f'{{k}}={{said[k]}}' for k in ('system', 'methods', 'diseases', 'folds', 'ratios', 'controls', 'publish') if k in said) + '\\n')
+'''
+
+
+@pytest.fixture
+def dag(tmp_path):
+    "Snakemake in a folder of its own, with a stand-in for papermill; returns what was asked of it, notebook by notebook."
+    for o in ('nbs', 'ecgflowcmr', 'Snakefile'): (tmp_path/o).symlink_to(ROOT/o)
+    (tmp_path/'bin').mkdir(); (tmp_path/'bin'/'papermill').write_text(STAND_IN.format(python=sys.executable)); (tmp_path/'bin'/'papermill').chmod(0o755)
+    def run(*words, ok=True):
+        asked = tmp_path/'asked.txt'; asked.write_text('')
+        p = subprocess.run([BIN/'snakemake', '--cores', '2', *words], cwd=tmp_path, env=os.environ | {'PATH': f'{tmp_path/"bin"}{os.pathsep}{os.environ["PATH"]}'}, capture_output=True, text=True, timeout=300)
+        assert (p.returncode == 0) == ok, (p.stdout + p.stderr)[-3000:]
+        return asked.read_text().splitlines() if ok else p.stdout + p.stderr
+    run.folder = tmp_path
+    return run
+
+
+def test_rows_of_the_dag_are_those_of_the_table(dag):
+    "Controls reach the notebooks, one for each ratio; the encoders of the jobs are the rows of the table."
+    asked = dag('table3', '--config', 'preset=demo', 'run=x', 'ratios=100 300', 'systems=harmonic videogpt', 'controls=longer augmented')
+    assert sorted(o.split('methods=')[1] for o in asked if o.startswith('51 methods=')) == sorted(m.key for m in methods_of('harmonic videogpt', '100 300', 'longer augmented'))
+    assert '51 ratios=100 300 controls=longer augmented' in asked
+    assert sorted(o for o in asked if o.startswith('31')) == ['31 system=harmonic', '31 system=videogpt'], 'a generator is trained once'
+    for bad, says in (('controls=more', 'valid are longer, augmented, none'), ('systems=given', 'needs synthetic=FOLDER')):
+        assert says in dag('-n', 'table3', '--config', 'preset=demo', bad, ok=False)
+
+
+def test_a_second_configuration_finds_its_own_tables(dag):
+    "Other ratios, and the first ones again: nothing is trained twice, and figures/ holds what was asked for last."
+    small = ('--config', 'preset=smoke', 'run=x', 'seed=3'); shown = lambda: [(dag.folder/'runs'/'x'/'figures'/f'table{k}_all.csv').read_text() for k in '234']
+    first = dag('paper', *small, 'ratios=100')
+    systems = [o for o in first if o.startswith('31')]
+    assert len(systems) == len(set(systems)) == 8 and first[-1] == '90 publish=False' and shown() == ['100 longer']*3
+    assert first.index('30 ') < min(first.index(o) for o in ('31 system=harmonic', '41 ', '42 ')), "the run's own generator has the plain name"
+    assert [o for o in first if o.startswith('50 methods=vit ')] == ['50 methods=vit diseases=cad cm hf folds=1 2 3 4 5']
+    second = dag('paper', *small, 'ratios=100 200', 'controls=longer augmented')
+    assert not [o for o in second if o[:2] in ('20', '25', '30', '31', '40', '41', '42', '43')] and shown() == ['100 200 longer augmented']*3
+    assert sorted(o.split('methods=')[1] for o in second if o.startswith('51 methods=')) == sorted(['mae_real_longer:200', 'mae_real_augmented:100', 'mae_real_augmented:200', 'mae_synthetic:harmonic:200'])
+    third = dag('paper', *small, 'ratios=100')
+    assert sorted(third) == sorted([f'5{k} ratios=100 controls=longer' for k in '012'] + ['90 publish=False']) and shown() == ['100 longer']*3
+    assert dag('paper', *small, 'ratios=100') == []
+    assert dag('table3', *small, 'ratios=100', 'sizes=tune.epochs=1')[-1] == '51 ratios=100 controls=longer', 'other sizes: other encoders'
+
+
+def test_who_may_write_to_figures(dag):
+    "A demo run of virtual hearts does; one of patients does not by itself, nor a smoke run, as was seen above."
+    for words, publish in ((['preset=demo'], True), (['preset=smoke', 'publish=True'], True), (['preset=demo', 'cohort=runs/cohorts/ukb'], False)):
+        assert f'-p publish {publish}' in subprocess.run([BIN/'snakemake', '-n', '-p', '--cores', '2', 'paper', '--config', 'run=y', *words], cwd=dag.folder, capture_output=True, text=True).stdout
