@@ -60,6 +60,66 @@ def test_table_2_fold_by_fold(run, papermill_run, cells, capsys):
     assert not list(run.glob('tune/**/model.safetensors')), 'a fold leaves outputs, not weights'
 
 
+def sound(table, *keys):
+    "Intervals lie around their values."
+    for k in keys:
+        t = table[table[k].notna()]; assert len(t) and ((t[f'{k}: low'] < t[k]) & (t[k] < t[f'{k}: high'])).all(), k
+
+
+def no_ids(run, *texts):
+    files = [o for folder in (run/'figures', *run.glob('table*')) for o in folder.iterdir() if o.suffix in ('.csv', '.json', '.svg')]
+    assert files and not re.search(r'v\d+-\d{6}', ''.join([*texts, *(o.read_text() for o in files)])), 'no subject id in an output or a table'
+
+
+@pytest.mark.slow
+def test_table_3_and_again_with_other_rows(run, cells, capsys):
+    "An encoder as a job of its own; the table with its control; then a table of other rows, which leaves the first where it is."
+    made = dict(preset='smoke', run=run.name, synthetic=str(run/'train'), phenotypes='LVEDV LVEF LVM RVEDV RVEF', settings='regress.epochs=1 mae.train.epochs=1', draws=200); shown = []
+    keep = lambda *o: shown.append(' '.join(map(str, o)))
+    rows = 'mae_real mae_real_longer:50 mae_synthetic:given:50'
+    cells('51_phenotype_prediction.ipynb', display=keep, methods='mae_synthetic:given:50', table=False, **made)
+    told = run/'tune'/'phenotypes'/'mae_synthetic-given-50-1'/'predictions.safetensors'; at = told.stat().st_mtime_ns
+    assert not (run/'figures'/'table3.csv').exists() and load_file(told)['test'].shape[1] == 5
+    cells('51_phenotype_prediction.ipynb', display=keep, methods=rows, **made)
+    first = pd.read_csv(run/'figures'/'table3_all.csv'); assert told.stat().st_mtime_ns == at, 'what was trained is read'
+    assert first['method'].tolist() == rows.split() and first['control'].tolist()[2] == 'mae_real_longer:50' and first['phenotypes'].tolist() == [5]*3
+    sound(first, 'mean R2', 'LVEDV MAE', 'LVEF R2', 'difference', 'over control'); assert first['p (Holm)'].notna().tolist() == [False, True, True]
+    cells('51_phenotype_prediction.ipynb', display=keep, methods='mae_real', **made)
+    last, kept = pd.read_csv(run/'figures'/'table3_all.csv'), sorted(o.parent.name for o in run.glob('table3*/done.json'))
+    assert last['method'].tolist() == ['mae_real'] and len(kept) == 2 and kept[0] == 'table3' and (run/kept[1]/'table3_ratio.svg').stat().st_size > 5000
+    pd.testing.assert_frame_equal(pd.read_csv(run/'table3'/'table3_all.csv'), first)
+    epochs = json.loads((run/'table3'/'table3.json').read_text())['made_by']['epochs']
+    assert epochs['fine-tuning'] == dict(phenotypes=1) and epochs['pre-training'] == pytest.approx(dict(zip(rows.split(), (1, 1.5, 1))), abs=.15), 'a control sees each of its cines more often'
+    out = capsys.readouterr().out; no_ids(run, out, *shown)
+    assert out.index('audit of 1 cohorts') < out.index('with the drawn cines: audit of 2 cohorts'), 'before anything is drawn, and again with it'
+
+
+@pytest.mark.slow
+def test_table_4_fold_by_fold(run, cells, capsys):
+    "A second hospital: one fold as a job, then both tasks with all folds."
+    made = dict(preset='smoke', run=run.name, people=60, hospital='subtypes', methods='vit mae_real', settings='tune.epochs=1'); shown = []
+    cells('52_external_validation.ipynb', folds='2', tasks_of='cardiomyopathy', **made)
+    assert sorted(o.parent.name for o in run.glob('tune/cardiomyopathy/*/done.json')) == ['mae_real-2', 'vit-2'] and not (run/'figures'/'table4.csv').exists()
+    cells('52_external_validation.ipynb', display=lambda *o: shown.append(' '.join(map(str, o))), **made)
+    t = pd.read_csv(run/'figures'/'table4_all.csv'); out = capsys.readouterr().out
+    assert t[['method', 'task']].values.tolist() == [[m, k] for k in ('cardiomyopathy', 'subtypes') for m in ('vit', 'mae_real')] and t['folds'].tolist() == [3]*4
+    sound(t, 'ACC pooled', 'AUC pooled', 'difference'); assert t['AUC, as published'].tolist() == ['0.671 ± 0.061', '0.798 ± 0.029', '0.694 ± 0.055', '0.784 ± 0.063']
+    assert t.filter(regex='^AUC (HCM|DCM|RCM|controls)$').notna().sum(axis=1).tolist() == [0, 0, 4, 4], 'an AUC of each of four classes'
+    assert out.count('audit of 2 cohorts') == 2 and 'with the drawn cines' not in out
+    no_ids(run, out, *shown)
+
+
+@pytest.mark.parametrize('nb', ['50_disease_classification.ipynb', '51_phenotype_prediction.ipynb', '52_external_validation.ipynb'])
+def test_the_audit_comes_before_anything_is_drawn(run, refusal, monkeypatch, nb):
+    def drawn(*a, **k): raise AssertionError('drawn before the audit')
+    monkeypatch.setattr('ecgflowcmr.study.synthetic_for', drawn)
+    monkeypatch.setattr('ecgflowcmr.study.audit_together', lambda cohorts: dict(ok=False, cohorts=[], subjects=0, in_two_splits=2, synthetic_of_held_out=0))
+    small = dict(diseases='cm') if nb[:2] == '50' else dict(people=60, hospital='subtypes') if nb[:2] == '52' else {}
+    name = f'{run.name}-dirty'
+    try: assert 'in two splits: 2' in str(refusal(nb, preset='smoke', run=name, **small))
+    finally: shutil.rmtree(ROOT/'runs'/name, ignore_errors=True)
+
+
 @pytest.mark.parametrize('params, message', [
     (dict(methods='mae_synthetic:given:10', synthetic='{run}/test'), 'drawn from held-out people'),
     (dict(methods='mae_synthetic:given:500', synthetic='{run}/train'), 'only 24 were drawn'),
