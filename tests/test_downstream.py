@@ -1,16 +1,19 @@
 "Tables 2 to 4: the disease table at the smoke preset in a fresh kernel, planted leaks, a job that is killed, and bad input."
 import json, os, re, shutil, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
 from ecgflowcmr.bundle import ECGFlowCMR
+from ecgflowcmr.ecg import DataError
+from ecgflowcmr.files import digest
 from ecgflowcmr.cohort import COHORT_SIZE, build_virtual_cohort, cohort_at
 from ecgflowcmr.mixing import Leak, Seen, check_no_leak, method_of, people_of, pool_of
-from ecgflowcmr.study import methods_of
+from ecgflowcmr.study import binary_row, methods_of, phenotype_table
 from ecgflowcmr.synthesis import synthesise
-from ecgflowcmr.tasks import case_control, held_back, tune, tune_config
+from ecgflowcmr.tasks import Task, case_control, fold_parts, held_back, stratified, tune, tune_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = 'tune.epochs=1'
@@ -22,11 +25,11 @@ class Toy(ECGFlowCMR):
     def read_beat(self, mv): return self.pamae.encode(mv)[:, :50].detach(), torch.ones(len(mv)), torch.ones(len(mv), dtype=torch.long)
 
 
-def toy(folder, cohort, trained_on=None):
+def toy(folder, cohort, trained_on=None, **more):
     "An untrained generator that says what it was trained on, and its bundle."
     torch.manual_seed(0)
     g = Toy(dict(pamae=dict(width=16, depth=1), vae=dict(width=8, deep=8, blocks=1), dit=dict(width=16, depth=1, heads=2, features=16, patch=2, components=8), harmonics={}, pixel_mm=1.83)).eval()
-    return g, g.save_pretrained(folder, kind='untrained toy', subjects=0, cohort=trained_on or cohort.fingerprint)
+    return g, g.save_pretrained(folder, kind='untrained toy', subjects=0, cohort=trained_on or cohort.fingerprint, **more)
 
 
 @pytest.fixture(scope='module')
@@ -123,11 +126,39 @@ def test_the_audit_comes_before_anything_is_drawn(run, refusal, monkeypatch, nb)
 @pytest.mark.parametrize('params, message', [
     (dict(methods='mae_synthetic:given:10', synthetic='{run}/test'), 'drawn from held-out people'),
     (dict(methods='mae_synthetic:given:500', synthetic='{run}/train'), 'only 24 were drawn'),
+    (dict(methods='mae_synthetic:given:10', synthetic='{run}/nowhere'), 'nowhere'),
+    (dict(methods='mae_synthetic:given:10'), 'no synthetic cohort is named'),
+    (dict(methods='mae_real', cases=4), '4 matched pairs of 4 cases of CM'),
     (dict(methods='mae'), 'no such method'),
     (dict(diseases='flu'), 'cad')])
 def test_the_notebook_stops(run, refusal, params, message):
-    params = {k: v.format(run=run) for k, v in params.items()}
+    params = {k: v.format(run=run) if isinstance(v, str) else v for k, v in params.items()}
     assert message in str(refusal('50_disease_classification.ipynb', **(dict(preset='smoke', run=run.name, diseases='cm', settings=SIZES) | params)))
+
+
+def made_up(y, k, seed=0):
+    "A task without cines, and what a method said of it."
+    task = Task('made', None, np.arange(len(y)), y, tuple('abcd')[:k], fold_parts(y, stratified(y, 5))); g = np.random.default_rng(seed)
+    return task, [dict(val=g.normal(size=(len(v), k)), test=g.normal(size=(len(t), k))) for _, v, t in task.folds]
+
+
+@pytest.mark.parametrize('bad, message', [
+    (lambda t, said: (replace(t, y=np.where(t.test_fold() == 0, 1, t.y)), said), 'one class only'),
+    (lambda t, said: (t, said[:4]), '4 of 5 folds are there'),
+    (lambda t, said: (t, [dict(o, test=np.full_like(o['test'], np.nan)) for o in said]), 'NaN or infinite')])
+def test_tables_refuse_what_cannot_be_judged(bad, message):
+    task, said = bad(*made_up(np.arange(60) % 2, 2))
+    with pytest.raises(DataError, match=message): binary_row(task, said)
+
+
+def test_labels_that_are_missing_are_counted():
+    "Of each phenotype those that are there count; one without any is named."
+    y = np.random.default_rng(0).normal(size=(60, 3)); y[30:42, 1] = np.nan; task = Task('phenotypes', None, np.arange(60), y, ('LVEDV', 'LVEF', 'LVM'), [(np.arange(20), np.arange(20, 30), np.arange(30, 60))])
+    real = method_of('mae_real'); said = {('mae_real', 'phenotypes'): [dict(test=np.nan_to_num(y[30:]) + .5*np.random.default_rng(1).normal(size=(30, 3)))]}
+    _, scores, _ = phenotype_table(task, [real], said, draws=100)
+    assert scores['mae_real'].table()[['subjects', 'dropped']].values.tolist() == [[30, 0], [18, 12], [30, 0]]
+    y[30:, 1] = np.nan
+    with pytest.raises(DataError, match='labels of LVEF: 0 of 30'): phenotype_table(task, [real], said, draws=100)
 
 
 def test_leaks_that_were_planted(tmp_path):
@@ -138,6 +169,10 @@ def test_leaks_that_were_planted(tmp_path):
     g, bundle = toy(tmp_path/'bundle', real, trained_on=other.fingerprint)
     drawn = synthesise(g, bundle, real, tmp_path/'drawn', rows=real.index('train')[:4], per_subject=1, steps=1, progress=False)
     with pytest.raises(Leak, match='it is not known whom the generator'): pool_of(method_of('mae_synthetic:given:10'), real, [drawn])
+    g, bundle = toy(tmp_path/'spy', real, trained_on_people=digest(sorted(real.table['subject']), 16))   # the same cohort, and its test split as well
+    spied = synthesise(g, bundle, real, tmp_path/'spied', rows=real.index('train')[:4], per_subject=1, steps=1, progress=False)
+    with pytest.raises(Leak, match='was trained on other people') as e: pool_of(method_of('mae_synthetic:given:10'), real, [spied])
+    assert not re.search(r'v\d+-\d{6}', str(e.value))
     _, _, seen = pool_of(method_of('mae_real'), real)
     model = dict(width=48, depth=1, heads=2, tube=(50, 16, 16))
     with pytest.raises(Leak, match='test subjects were seen by the pre-training of mae_real') as e: tune(task, 0, method_of('mae_real'), None, tune_config('smoke'), tmp_path/'run', seen, model, device='cpu')
