@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from scipy import stats as sp
+from scipy.integrate import quad
 from sklearn.metrics import roc_auc_score
 from ecgflowcmr.ecg import DataError
 from ecgflowcmr.scores import (choose_threshold, classifier_scores, compare_phenotypes, fold_auc, fold_test, macro_test, multiclass_scores, phenotype_scores)
@@ -171,8 +172,16 @@ def four(g): y = np.arange(240) % 4; return y, np.eye(4)[y] + g.normal(size=(240
 def many(g, n=150, rho=.8): c = g.normal(size=(n,1)); y = .5*c + np.sqrt(.75)*g.normal(size=(n,5)); return phenotype_scores(y, rho*y + rho*np.sqrt(1-rho*rho)*g.normal(size=y.shape), draws=599)
 
 
+def twice(g): e = np.repeat(g.normal(size=(80,3)), 2, 0) + g.normal(size=(160,3)); return e, np.repeat(np.arange(80), 2)   # two rows a subject, variance 2
+def visits(g): y, who = twice(g); return phenotype_scores(y, y + .6*twice(g)[0], draws=599, groups=who)
+def rivals(g, n=150): c = g.normal(size=(n,1)); y = .5*c + np.sqrt(.75)*g.normal(size=(n,5)); return compare_phenotypes(y, *(r*y + r*np.sqrt(1-r*r)*g.normal(size=y.shape) for r in (.8, .7)), draws=599)
+def calls(g, n=240): # accuracy of all out-of-fold calls, each fold with the threshold of the next; given these thresholds, what is expected of new people
+    y, f = np.arange(n) % 2, np.arange(n)//2 % 5; s = 1.2*y + g.normal(size=n); at = np.array([choose_threshold(y[f == (k+1) % 5], s[f == (k+1) % 5]).value for k in range(5)])
+    return wilson_interval(int(((s >= at[f]) == (y == 1)).sum()), n), np.mean(.5*sp.norm.sf(at - 1.2) + .5*sp.norm.cdf(at))
+
+
 SENS, SPEC = sp.norm.sf(-.7), sp.norm.cdf(.5)
-V = .2**2 + .64*.36  # error variance of `many`
+V, W = (float((1-r)**2 + r*r*(1-r*r)) for r in (.8, .7))  # error variance of `many`, and of the weaker of `rivals`
 TRUE_SIX = dict(ACC=.4*SENS+.6*SPEC, AUC=sp.norm.cdf(1.2/np.sqrt(2)), sensitivity=SENS, specificity=SPEC, PPV=.4*SENS/(.4*SENS+.6*(1-SPEC)), NPV=.6*SPEC/(.6*SPEC+.4*(1-SENS)))
 B = dict(draws=599)
 STUDIES = {
@@ -199,7 +208,10 @@ STUDIES = {
     'fold test': (0., 4000, lambda g: (lambda y,a,b: fold_test(y, a, b, np.arange(240) % 5))(*markers(g, 120, 120, [.8,.8]))),
     'macro AUC': (sp.norm.cdf(np.sqrt(.5)), 4000, lambda g: multiclass_scores(*four(g)).macro), 'one-vs-rest AUC': (sp.norm.cdf(np.sqrt(.5)), 4000, lambda g: multiclass_scores(*four(g)).each[2]),
     'macro test': (0., 4000, lambda g: (lambda y,a: macro_test(y, a, np.eye(4)[y] + g.normal(size=a.shape)))(*four(g))),
-    'phenotypes, mean R2': (1-V, 2000, lambda g: many(g).mean_r2),
+    'accuracy of four classes': (float(quad(lambda z: sp.norm.pdf(z-1)*sp.norm.cdf(z)**3, -8, 9)[0]), 4000, lambda g: multiclass_scores(*four(g)).accuracy),
+    'phenotypes, mean R2': (1-V, 2000, lambda g: many(g).mean_r2), 'phenotypes, difference of mean R2': (W-V, 2000, lambda g: rivals(g).mean_r2),
+    'bootstrap, percentile, clustered': (0., 2000, lambda g: (lambda x,s: bootstrap_interval(mean, x, groups=s, draws=299, method='percentile'))(*rows_of(g))),
+    'bootstrap difference, clustered': (np.sqrt(2/np.pi)*(np.sqrt(2)*.6 - np.sqrt(2)*.8), 1400, lambda g: (lambda y,w,e,f: bootstrap_difference(lambda y,p: np.abs(y-p).mean(), y, y + .6*e, y + .8*f, groups=w, draws=299))(*(o[:,0] if o.ndim > 1 else o for o in (*twice(g), twice(g)[0], twice(g)[0])))),
 }
 THOROUGH = bool(os.environ.get('ECGFLOWCMR_THOROUGH'))
 STUDIES['AUC, DeLong, ties'] = (float(sum(sp.binom.pmf(i, 4, .6)*(sp.binom.cdf(i-1, 4, .4) + .5*sp.binom.pmf(i, 4, .4)) for i in range(5))), *STUDIES['AUC, DeLong, ties'][1:])
@@ -233,6 +245,25 @@ def test_coverage_of_phenotypes():
     for key,truth in (('mae', np.sqrt(2*V/np.pi)), ('r2', 1-V), ('r', 1/np.sqrt(2-.64))):
         a = np.stack([getattr(o, key) for o in runs]); share = np.mean((a[...,1] <= truth) & (truth <= a[...,2])); print(f'\n{key} of a phenotype, BCa: {100*share:.1f} %')
         assert .935 <= share <= .965
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('study, times, truth', [
+    (rivals, 800, dict(mae=np.sqrt(2/np.pi)*(np.sqrt(V) - np.sqrt(W)), r2=W-V, r=1/np.sqrt(2-.64) - 1/np.sqrt(2-.49))),
+    (visits, 2500, dict(mae=np.sqrt(2/np.pi)*.6*np.sqrt(2), r2=1-.36, r=1/np.sqrt(1.36)))], ids=['differences', 'several rows a subject'])
+def test_coverage_of_phenotypes_compared_and_clustered(study, times, truth):
+    "Differences of two methods on the same subjects; and subjects with two rows each, drawn as a whole."
+    g = np.random.default_rng(5); runs = [study(g) for _ in range(times)]
+    for key,t in truth.items():
+        a = np.stack([getattr(o, key) for o in runs]); share = np.mean((a[...,1] <= t) & (t <= a[...,2])); print(f'\n{key}, {study.__name__}: {100*share:.1f} %')
+        assert .935 <= share <= .965
+
+
+@pytest.mark.slow
+def test_coverage_of_calls_over_folds():
+    "The accuracy of Tables 2 and 4, Wilson's: all out-of-fold calls, at thresholds that other folds have chosen."
+    g = np.random.default_rng(6); share = np.mean([o.low <= t <= o.high for o,t in (calls(g) for _ in range(1500))]); print(f'\ncalls over folds: {100*share:.1f} %')
+    assert .935 <= share <= .965
 
 
 @pytest.mark.slow
