@@ -167,6 +167,7 @@ def better(folder, name:str, place:str, said:str, claim:str, keys:tuple, lower:b
         text.append(f"{task} {k} {ratio} %: {span(r, k, DIGITS)[1]}; {', '.join(f'{n} {MISSING if o is None else span(o, k, DIGITS)[1]}' for n,o in zip(('MAE (real)', 'control'), others))}".strip())
     return [Finding(claim, place, said, '. '.join(text), together(verdicts) if any(fair) or AGAINST in verdicts else MISSING)]
 
+# %% ../nbs/17_paper.ipynb #208ef7bf
 def helped_most(folder, name:str, place:str, said:str, what:str, key:str) -> list: # column of the figure
     "Is ours above the four baselines, at every ratio?"
     _, rows = drawn_rows(folder, name); text, verdicts = [], []
