@@ -28,7 +28,7 @@ from .baselines.systems import LATER, NAMES, SECONDS, SYSTEMS, fit_any
 from .downstream import Cines, fit_mae
 
 # %% ../nbs/14a_mixing.ipynb #61b50542
-KINDS = dict(vit='ViT', mae_real='MAE (real)', mae_synthetic='MAE (real + {ratio} % {system})', mae_real_longer='MAE (real, as many steps as + {ratio} %)', mae_real_augmented='MAE (real + {ratio} % altered copies)')
+KINDS = dict(linear='Linear reader of mean and harmonics', exact='Regression on the exact phenotypes', vit='ViT', mae_real='MAE (real)', mae_synthetic='MAE (real + {ratio} % {system})', mae_real_longer='MAE (real, as many steps as + {ratio} %)', mae_real_augmented='MAE (real + {ratio} % altered copies)')
 DRAWERS = [*RECIPES, *(s for s in SYSTEMS if s not in LATER), 'given']
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Method:
 
 def method_of(key:str) -> Method: # 'mae_synthetic:harmonic:300'
     "A method by its name; one that does not exist is refused."
-    kind, *rest = key.split(':'); says = f'Write vit, mae_real, mae_synthetic:SYSTEM:RATIO, mae_real_longer:RATIO or mae_real_augmented:RATIO, with a system of {", ".join(DRAWERS)}'
+    kind, *rest = key.split(':'); says = f'Write linear, exact, vit, mae_real, mae_synthetic:SYSTEM:RATIO, mae_real_longer:RATIO or mae_real_augmented:RATIO, with a system of {", ".join(DRAWERS)}'
     wrong = lambda what: DataError(f'{key!r}: {what}', field='method', remedy=says)
     if kind not in KINDS: raise wrong('no such method')
-    need = dict(vit=0, mae_real=0, mae_synthetic=2).get(kind, 1)
+    need = dict(linear=0, exact=0, vit=0, mae_real=0, mae_synthetic=2).get(kind, 1)
     if len(rest) != need: raise wrong(f'{len(rest)} parts after the name, and {need} are needed')
     if need == 2 and rest[0] not in DRAWERS: raise wrong(f'no system {rest[0]!r}')
     if need and not (rest[-1].isdigit() and 1 <= int(rest[-1]) <= 1000): raise wrong('the ratio is a whole number of per cent, 1 to 1000')
@@ -155,7 +155,7 @@ def pool_of(method:Method, cohort, synthetic=(), seed:int=0) -> tuple: # -> `Cin
 
 def pretrained(method:Method, cohort, config:dict, run, synthetic=(), device:str='auto') -> tuple: # encoder or None, its folder or None, `Seen` records
     "The encoder of a method: trained, resumed or loaded."
-    if method.kind == 'vit': return None, None, []
+    if method.kind in ('linear','exact','vit'): return None, None, []
     seed = config['train']['seed']; pool, change, seen = pool_of(method, cohort, synthetic, seed)
     encoder, folder = fit_mae(method.slug, pool, Cines((cohort, cohort.index('val'))), config, len(cohort.index('train')), method.by, run, change, device, method=method.key, cohort=cohort.fingerprint, synthetic=[c.fingerprint for c in synthetic])
     return encoder, folder, seen

@@ -114,7 +114,7 @@ def methods_of(systems:str, ratios:str, controls:str='longer', methods:str='') -
     else:
         if bad := [r for r in ratios.split() if not r.isdigit()]: raise DataError(f'{bad[0]!r} is no whole number', field='parameter ratios', remedy='Give per cents separated by blanks: 100 300')
         if bad := [c for c in controls.split() if c not in (*CONTROLS, 'none')]: raise DataError(f'{bad[0]!r} is not known', field='parameter controls', remedy=f'Use {", ".join(CONTROLS)} or none')
-        keys = ['vit', 'mae_real', *(f'{CONTROLS[c]}:{r}' for c in controls.split() if c != 'none' for r in ratios.split()), *(f'mae_synthetic:{s}:{r}' for s in systems.split() for r in ratios.split())]
+        keys = ['linear', 'vit', 'mae_real', *(f'{CONTROLS[c]}:{r}' for c in controls.split() if c != 'none' for r in ratios.split()), *(f'mae_synthetic:{s}:{r}' for s in systems.split() for r in ratios.split())]
     return [method_of(k) for k in dict.fromkeys(keys)]
 
 def control_of(m:Method, keys): # -> key of the method that trained as long on real cines alone, or on altered ones, or None
@@ -237,7 +237,8 @@ def ratio_axes(ax, rows, value:str, low:str, high:str): # rows of one task, of `
         ax.plot(x, [r[value] for _,r in pts], LINES[kind], marker='o', ms=4, color=c, label=own[0][1]['name'].replace(f' {own[0][0]} %', '') if kind == 'mae_synthetic' else dict(mae_real_longer='MAE (real, as many steps)', mae_real_augmented='MAE (real + altered copies)')[kind])
         ax.fill_between(x, [r[low] for _,r in pts], [r[high] for _,r in pts], color=c, alpha=.12, lw=0)
     if at0 and not lines: ax.errorbar([0], [at0[value]], [[at0[value]-at0[low]],[at0[high]-at0[value]]], fmt='o', color='black', label='MAE (real)')
-    if 'vit' in by: ax.axhline(by['vit'][value], color='#888888', lw=.8); ax.text(ax.get_xlim()[1], by['vit'][value], ' ViT', fontsize=7, va='center', color='#888888')
+    for key,name in (('vit','ViT'), ('linear','linear')):
+        if key in by: ax.axhline(by[key][value], color='#888888', lw=.8, ls='-' if key == 'vit' else ':'); ax.annotate(name, (1, by[key][value]), xycoords=('axes fraction','data'), fontsize=7, va='center', color='#888888', xytext=(2,0), textcoords='offset points')
     ax.set_xlabel('added to the real cines (%)'); ax.grid(lw=.3); ax.spines[['top','right']].set_visible(False)
 
 # %% ../nbs/16b_study.ipynb #881eea6a
@@ -247,14 +248,15 @@ def epochs_run(stages:dict) -> dict: # of `run_study` -> {'pre-training': {metho
     for (method, part, *_),folder in stages.items():
         done, c = read_json(Path(folder)/'done.json'), read_json(Path(folder)/'config.json')
         if part == 'pre-training': out[part][method] = round(done['training']['steps']*c['train']['batch']/done['figures']['cines'], 2)
-        else: out['fine-tuning'][part] = len(done['curve'])
+        elif 'curve' in done: out['fine-tuning'][part] = len(done['curve'])   # a regression has no epochs
     return out
 
 def speed_table(stages:dict) -> pd.DataFrame: # of `run_study`
     "Median pace, memory and waiting of pre-training and of fine-tuning."
     rows = {}
     for key,folder in stages.items():
-        t, c = read_json(Path(folder)/'done.json')['training'], read_json(Path(folder)/'config.json'); batch = c.get('batch') or c['train']['batch']
+        if not (t := read_json(Path(folder)/'done.json')['training']): continue   # a regression, not a network
+        c = read_json(Path(folder)/'config.json'); batch = c.get('batch') or c['train']['batch']
         rows.setdefault('pre-training (MAE)' if key[1] == 'pre-training' else f'fine-tuning, {key[1]}', []).append((t['steps'], t['seconds'], t['steps_per_s_median'], batch, t['peak_mb'], t['waiting'], t['device']))
     mean = lambda v: float(np.nanmean([np.nan if x is None else x for x in v])) if any(x is not None for x in v) else np.nan
     out = {k:dict(trainings=len(v), steps=sum(r[0] for r in v), seconds=sum(r[1] for r in v), **{'steps a second':mean([r[2] for r in v]), 'cines a second':mean([r[2]*r[3] if r[2] else None for r in v]), 'peak MiB':max(r[4] for r in v), 'waiting for data (share)':mean([r[5] for r in v])}, device=v[0][6]) for k,v in rows.items()}

@@ -174,7 +174,7 @@ def test_leaks_that_were_planted(tmp_path):
     with pytest.raises(Leak, match='was trained on other people') as e: pool_of(method_of('mae_synthetic:given:10'), real, [spied])
     assert not re.search(r'v\d+-\d{6}', str(e.value))
     _, _, seen = pool_of(method_of('mae_real'), real)
-    model = dict(width=48, depth=1, heads=2, tube=(50, 16, 16))
+    model = dict(width=48, depth=1, heads=2)
     with pytest.raises(Leak, match='test subjects were seen by the pre-training of mae_real') as e: tune(task, 0, method_of('mae_real'), None, tune_config('smoke'), tmp_path/'run', seen, model, device='cpu')
     assert not re.search(r'v\d+-\d{6}', str(e.value)) and not (tmp_path/'run').exists(), 'stopped before anything was trained'
     check_no_leak(set(real.table['subject'].iloc[held_back(real)]), seen)   # the people of the other splits are free
@@ -188,7 +188,7 @@ from ecgflowcmr.cohort import open_cohort
 from ecgflowcmr.mixing import method_of
 from ecgflowcmr.tasks import case_control, tune, tune_config
 c = tune_config('smoke') | dict(epochs=12, precision='fp32', save_steps=3)
-tune(case_control(open_cohort(sys.argv[1]), 'CAD', k=3), 0, method_of('vit'), None, c, sys.argv[2], [], dict(width=48, depth=1, heads=2, tube=(50, 16, 16)), device='cpu')
+tune(case_control(open_cohort(sys.argv[1]), 'CAD', k=3), 0, method_of('vit'), None, c, sys.argv[2], [], dict(width=48, depth=1, heads=2), device='cpu')
 '''
 
 
