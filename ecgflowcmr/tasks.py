@@ -236,7 +236,8 @@ def features_of(task:Task, fold:int, kind:str, most:int=256) -> list: # 'linear'
     pca = PCA(min(most, len(x[0]) - 1), svd_solver='randomized', random_state=0).fit(x[0])
     scale = np.sqrt(pca.explained_variance_.sum()); return [(pca.transform(o)/scale).astype(float) for o in x]
 
-def penalised(x:list, y, y_val, loss) -> list: # `(n, d)` of train, val, test; targets; loss of outputs on validation -> outputs of val, test
+# %% ../nbs/14b_tasks.ipynb #541c4f50
+def penalised(x:list, y, loss) -> list: # `(n, d)` of train, val, test; targets of train; loss of outputs on validation -> outputs of val, test
     "The regression with the penalty that validation likes best."
     def fit_one(c):
         m = LogisticRegression(C=1/c, max_iter=5000).fit(x[0], y) if y.dtype.kind in 'iu' else Ridge(c).fit(x[0], y)
@@ -247,10 +248,10 @@ def penalised(x:list, y, y_val, loss) -> list: # `(n, d)` of train, val, test; t
 def linear_fold(task:Task, fold:int, kind:str) -> dict: # of `features_of` -> 'val', 'test': outputs `(n, k)`
     "What a regression says of a fold."
     train, val, test = task.folds[fold]; x = features_of(task, fold, kind)
-    if task.classes: out = penalised(x, task.y[train], task.y[val], lambda o: task_loss(torch.from_numpy(o), torch.from_numpy(task.y[val])).item())
+    if task.classes: out = penalised(x, task.y[train], lambda o: task_loss(torch.from_numpy(o), torch.from_numpy(task.y[val])).item())
     else:
         to, back = standardiser(task, train); y, held = to(task.y[train]).numpy(), to(task.y[val]).numpy(); cols = []
-        for i in range(y.shape[1]): k, h = np.isfinite(y[:,i]), np.isfinite(held[:,i]); cols.append(penalised([x[0][k], *x[1:]], y[k,i].astype(float), None, lambda o: ((o - held[:,i])[h]**2).mean()))
+        for i in range(y.shape[1]): k, h = np.isfinite(y[:,i]), np.isfinite(held[:,i]); cols.append(penalised([x[0][k], *x[1:]], y[k,i].astype(float), lambda o: ((o - held[:,i])[h]**2).mean()))
         out = [back(torch.from_numpy(np.stack(o, 1)).float()).numpy() for o in zip(*cols)]
     return {k:torch.from_numpy(np.asarray(o)).float() for k,o in zip(('val','test'), out)}
 
