@@ -237,8 +237,8 @@ def ratio_axes(ax, rows, value:str, low:str, high:str): # rows of one task, of `
         ax.plot(x, [r[value] for _,r in pts], LINES[kind], marker='o', ms=4, color=c, label=own[0][1]['name'].replace(f' {own[0][0]} %', '') if kind == 'mae_synthetic' else dict(mae_real_longer='MAE (real, as many steps)', mae_real_augmented='MAE (real + altered copies)')[kind])
         ax.fill_between(x, [r[low] for _,r in pts], [r[high] for _,r in pts], color=c, alpha=.12, lw=0)
     if at0 and not lines: ax.errorbar([0], [at0[value]], [[at0[value]-at0[low]],[at0[high]-at0[value]]], fmt='o', color='black', label='MAE (real)')
-    for key,name in (('vit','ViT'), ('linear','linear')):
-        if key in by: ax.axhline(by[key][value], color='#888888', lw=.8, ls='-' if key == 'vit' else ':'); ax.annotate(name, (1, by[key][value]), xycoords=('axes fraction','data'), fontsize=7, va='center', color='#888888', xytext=(2,0), textcoords='offset points')
+    flat = sorted(((by[k][value], n, ls) for k,n,ls in (('vit','ViT','-'), ('linear','linear',':')) if k in by), reverse=True)
+    for i,(v,name,ls) in enumerate(flat): ax.axhline(v, color='#888888', lw=.8, ls=ls); ax.annotate(name, (1, v), xycoords=('axes fraction','data'), fontsize=7, va='top' if i else 'bottom', color='#888888', xytext=(2,0), textcoords='offset points')
     ax.set_xlabel('added to the real cines (%)'); ax.grid(lw=.3); ax.spines[['top','right']].set_visible(False)
 
 # %% ../nbs/16b_study.ipynb #881eea6a
