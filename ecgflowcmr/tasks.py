@@ -174,10 +174,10 @@ def task_loss(out:Tensor, y:Tensor) -> Tensor: # `(b, k)` and classes `(b,)`; or
 
 def moved(z:Tensor, sight:Sight, rng:torch.Generator, shift:int=4, gain:float=.1) -> Tensor: # what the encoder is shown `(b, c, h, w)`; pixels of the cine
     "Each cine a little moved and with a little more or less contrast (black stays black), seen again minus the average cine."
-    b, c, h, w = z.shape; most = shift//2 if sight.harmonics else shift; average, black = ((o/sight.spread).cpu() for o in (sight.mean, sight.black))
-    at = lambda by, n: (torch.arange(n) + by[:,None]).clamp(0, n-1); by = torch.randint(-most, most+1, (b, 2), generator=rng)
-    x = (z + average)[torch.arange(b)[:,None,None,None], torch.arange(c)[None,:,None,None], at(by[:,0], h)[:,None,:,None], at(by[:,1], w)[:,None,None,:]]
-    return (x - black)*(1 + gain*(2*torch.rand(b, generator=rng) - 1))[:,None,None,None] + black - average
+    m, (h, w) = shift//2 if sight.harmonics else shift, z.shape[2:]; average, black = ((o/sight.spread).cpu() for o in (sight.mean, sight.black))
+    by = torch.randint(-m, m+1, (len(z), 2), generator=rng).tolist(); more = 1 + gain*(2*torch.rand(len(z), generator=rng) - 1)
+    x = F.pad(z + (average - black), (m,m,m,m), mode='replicate')
+    return torch.stack([o[:,m+a:m+a+h,m+b:m+b+w]*k for o,(a,b),k in zip(x, by, more)]) + (black - average)
 
 @torch.no_grad()
 def outputs(m, shown:Shown, batch:int=32) -> Tensor: # a `Tuned`, or its best state -> `(n, outputs)` float32
