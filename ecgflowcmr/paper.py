@@ -146,8 +146,10 @@ def known(r, key:str) -> bool:
     return bool(pd.notna(r.get(key)) and pd.notna(r.get(f'{key}: low')))
 
 def sign(r, key:str) -> str:
-    "Verdict on a difference."
-    return positive(r[f'{key}: low'], r[f'{key}: high']) if known(r, key) else MISSING
+    "Verdict on a difference; against the claim only if it stands after Holm."
+    if not known(r, key): return MISSING
+    v, p = positive(r[f'{key}: low'], r[f'{key}: high']), r.get({'difference':'p (Holm)'}.get(key, f'{key}: p (Holm)'))
+    return OPEN if v == AGAINST and pd.notna(p) and p >= .05 else v
 
 # %% ../nbs/17_paper.ipynb #8e12668c
 def helped(folder, name:str, place:str, said:str, what:str) -> list: # table2_all, table3_all, table4_all; words for the figure
