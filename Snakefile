@@ -276,18 +276,19 @@ rule noise_scale:
     shell: "papermill nbs/42_noise_scale.ipynb {params}"
 
 # Tables 2 to 4. The generators come first (those of Table 1: no stage is trained by two rules); then an encoder for each method, with its phenotypes; then the folds.
+# Lists are given with -r: with -p, one ratio alone would be a number to papermill, and the notebooks want text.
 # A mark of a job stands in a folder named after what the job depends on, and that of a table after its rows as well, so that another configuration finds its own and leaves the others; the tables are kept in runs/RUN/table2, table2-HASH ..., and the last one that was asked for stands in figures/, which `paper` reads.
 SMOKE = config["preset"] == "smoke"
 DRAWERS, RATIOS, CONTROLS = (str(config.get(k, usual)).split() for k, usual in dict(systems="harmonic", ratios="100" if SMOKE else "100 300", controls="longer").items())
 if unknown := set(CONTROLS) - {"longer", "augmented", "none"}: raise WorkflowError(f"controls: unknown {sorted(unknown)}; valid are longer, augmented, none")
 if bad := [r for r in RATIOS if not r.isdigit()]: raise WorkflowError(f"ratios: {bad} are no whole per cents")
 if "given" in DRAWERS and not config.get("synthetic"): raise WorkflowError("systems: given needs synthetic=FOLDER, a cohort that chapter 35 has drawn")
-ROWS = {k.replace(":", "-"): k for k in ["vit", "mae_real", *(f"mae_real_{c}:{r}" for c in CONTROLS if c != "none" for r in RATIOS), *(f"mae_synthetic:{s}:{r}" for s in DRAWERS for r in RATIOS)]}   # as `methods_of` of chapter 16b
+ROWS = {k.replace(":", "-"): k for k in ["linear", "vit", "mae_real", *(f"mae_real_{c}:{r}" for c in CONTROLS if c != "none" for r in RATIOS), *(f"mae_synthetic:{s}:{r}" for s in DRAWERS for r in RATIOS)]}   # as `methods_of` of chapter 16b
 FOLDS = {"a": "1 2 3 4 5"} if SMOKE else {"a": "1 2", "b": "3 4 5"}   # a fold of smoke takes less time than its kernel
 WARD = {"a": "1 2 3"} if SMOKE else FOLDS
 ILL = ["cad-cm-hf"] if SMOKE else ["cad", "cm", "hf"]
-STUDY = TABLE_KNOBS + SIZES + (f" -p synthetic {shlex.quote(str(config['synthetic']))}" if config.get("synthetic") else "")
-ALL_ROWS = f"-p systems {shlex.quote(' '.join(DRAWERS))} -p ratios {shlex.quote(' '.join(RATIOS))} -p controls {shlex.quote(' '.join(CONTROLS) or 'none')}"
+STUDY = TABLE_KNOBS + SIZES + (f" -r synthetic {shlex.quote(str(config['synthetic']))}" if config.get("synthetic") else "")
+ALL_ROWS = f"-r systems {shlex.quote(' '.join(DRAWERS))} -r ratios {shlex.quote(' '.join(RATIOS))} -r controls {shlex.quote(' '.join(CONTROLS) or 'none')}"
 named = lambda *what: hashlib.sha256(" ".join(what).encode()).hexdigest()[:6]
 JOB = f"runs/{RUN}/jobs/{named(STUDY)}/"
 TABLE = JOB + f"{{}}-{named(ALL_ROWS)}.done"
@@ -310,7 +311,7 @@ rule disease_folds:
     wildcard_constraints: disease="|".join(ILL), part="[ab]"
     resources: gpu=1
     params: row=lambda w: ROWS[w.row], ill=lambda w: w.disease.replace("-", " "), folds=lambda w: FOLDS[w.part], knobs=STUDY
-    shell: f"papermill nbs/50_disease_classification.ipynb {JOB}50_{{wildcards.row}}_{{wildcards.disease}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p diseases '{{params.ill}}' -p folds '{{params.folds}}' {{params.knobs}}"
+    shell: f"papermill nbs/50_disease_classification.ipynb {JOB}50_{{wildcards.row}}_{{wildcards.disease}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p diseases '{{params.ill}}' -r folds '{{params.folds}}' {{params.knobs}}"
 
 rule hospital_folds:
     input: code("52_external_validation"), JOB + "phenotypes-{row}.done"
@@ -318,7 +319,7 @@ rule hospital_folds:
     wildcard_constraints: part="[ab]"
     resources: gpu=1
     params: row=lambda w: ROWS[w.row], folds=lambda w: WARD[w.part], knobs=STUDY
-    shell: f"papermill nbs/52_external_validation.ipynb {JOB}52_{{wildcards.row}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p folds '{{params.folds}}' {{params.knobs}}"
+    shell: f"papermill nbs/52_external_validation.ipynb {JOB}52_{{wildcards.row}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -r folds '{{params.folds}}' {{params.knobs}}"
 
 rule table2:
     input: code("50_disease_classification"), expand(JOB + "disease-{row}-{disease}-{part}.done", row=ROWS, disease=ILL, part=FOLDS)

@@ -218,7 +218,8 @@ STAND_IN = '''#!{python}
 "In papermill's place: leaves what the notebook would leave, and a line of what was asked."
 import re, sys
 from pathlib import Path
-nb, *rest = sys.argv[1:]; said = {{k: v for p, k, v in zip(rest, rest[1:], rest[2:]) if p == '-p'}}
+nb, *rest = sys.argv[1:]; said = {{k: v for p, k, v in zip(rest, rest[1:], rest[2:]) if p in ('-p', '-r')}}
+if wrong := [k for p, k, v in zip(rest, rest[1:], rest[2:]) if p == '-p' and v.isdigit() and k != 'seed']: sys.exit(f'{{wrong}}: papermill reads numbers from -p')
 n = re.search(r'(\\d\\d)_', nb)[1]; run = Path('runs')/said['run']
 stage = {{'20': 'pamae', '25': 'vae', '30': 'amdf', '40': 'table1', '41': 'ablation', '42': 'noise_scale', '43': 'turing'}}.get(n)
 if stage: (run/stage).mkdir(parents=True, exist_ok=True); (run/stage/'done.json').write_text('{{}}')
