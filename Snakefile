@@ -31,6 +31,8 @@ from pathlib import Path
 
 config.setdefault("preset", "demo")
 RUN = str(config.get("run") or config["preset"])
+SMOKE = config["preset"] == "smoke"
+BOTH = 1 if SMOKE else 2   # cores of a training; what takes seconds is run two at a time
 KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed", "settings") if config.get(k, "") != "")
 TABLE_KNOBS = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "cohort", "run", "seed") if config.get(k, "") != "")   # all recipes are rows of the table
 READ = " ".join(f"-p {k} {shlex.quote(str(config[k]))}" for k in ("preset", "recipe", "cohort", "run", "seed") if config.get(k, "") != "")   # chapters that take no `settings`
@@ -63,7 +65,7 @@ rule virtual:
     input: code("21_virtual_cohort")
     output: f"runs/{RUN}/virtual/done.json"
     log: f"runs/{RUN}/21_virtual_cohort.ipynb"
-    threads: 2
+    threads: BOTH
     params: KNOBS
     shell: "papermill nbs/21_virtual_cohort.ipynb {params}"
 
@@ -88,7 +90,7 @@ rule build_ukbiobank:
     input: code("22_build_ukbiobank")
     output: f"runs/{RUN}/build_ukbiobank/done.json"
     log: f"runs/{RUN}/22_build_ukbiobank.ipynb"
-    threads: 2
+    threads: BOTH
     params: BUILD
     shell: "papermill nbs/22_build_ukbiobank.ipynb {params}"
 
@@ -96,7 +98,7 @@ rule build_mimic:
     input: code("23_build_mimic")
     output: f"runs/{RUN}/build_mimic/done.json"
     log: f"runs/{RUN}/23_build_mimic.ipynb"
-    threads: 2
+    threads: BOTH
     params: BUILD
     shell: "papermill nbs/23_build_mimic.ipynb {params}"
 
@@ -104,7 +106,7 @@ rule build_hospital:
     input: code("24_build_hospital")
     output: f"runs/{RUN}/build_hospital/done.json"
     log: f"runs/{RUN}/24_build_hospital.ipynb"
-    threads: 2
+    threads: BOTH
     params: BUILD
     shell: "papermill nbs/24_build_hospital.ipynb {params}"
 
@@ -112,7 +114,8 @@ rule pamae:
     input: code("20_pamae_train")
     output: f"runs/{RUN}/pamae/done.json"
     log: f"runs/{RUN}/20_pamae_train.ipynb"
-    threads: 2
+    threads: BOTH
+    priority: 30
     resources: gpu=PROCESSES
     params: KNOBS
     shell: MANY + "papermill nbs/20_pamae_train.ipynb {params}"
@@ -121,7 +124,7 @@ rule cmr_mim:
     input: code("60_cmr_mim_train")
     output: f"runs/{RUN}/cmr_mim/done.json"
     log: f"runs/{RUN}/60_cmr_mim_train.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=PROCESSES
     params: CARDIACNETS
     shell: MANY + "papermill nbs/60_cmr_mim_train.ipynb {params}"
@@ -130,7 +133,7 @@ rule alignment:
     input: code("61_alignment_train"), rules.cmr_mim.output
     output: f"runs/{RUN}/alignment/done.json"
     log: f"runs/{RUN}/61_alignment_train.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=PROCESSES
     params: CARDIACNETS
     shell: MANY + "papermill nbs/61_alignment_train.ipynb {params}"
@@ -138,7 +141,7 @@ rule alignment:
 rule alignment_harmonic:
     input: code("61_alignment_train")
     output: f"runs/{RUN}/alignment_harmonic/done.json"
-    threads: 2
+    threads: BOTH
     resources: gpu=PROCESSES
     params: CARDIACNETS
     shell: MANY + f"papermill nbs/61_alignment_train.ipynb runs/{RUN}/61_alignment_harmonic.ipynb {{params}} -p recipe harmonic"
@@ -147,7 +150,7 @@ rule screening:
     input: code("62_screening"), rules.alignment.output, rules.alignment_harmonic.output
     output: f"runs/{RUN}/screening/done.json"
     log: f"runs/{RUN}/62_screening.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=PROCESSES
     params: CARDIACNETS + SIZES
     shell: MANY + "papermill nbs/62_screening.ipynb {params}"
@@ -156,7 +159,7 @@ rule label_efficiency:
     input: code("63_label_efficiency"), rules.alignment.output, rules.alignment_harmonic.output
     output: f"runs/{RUN}/label_efficiency/done.json"
     log: f"runs/{RUN}/63_label_efficiency.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=PROCESSES
     params: CARDIACNETS + SIZES
     shell: MANY + "papermill nbs/63_label_efficiency.ipynb {params}"
@@ -165,7 +168,7 @@ rule subtypes:
     input: code("64_subtypes"), rules.alignment.output, rules.alignment_harmonic.output
     output: f"runs/{RUN}/subtypes/done.json"
     log: f"runs/{RUN}/64_subtypes.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=PROCESSES
     params: CARDIACNETS + SIZES
     shell: MANY + "papermill nbs/64_subtypes.ipynb {params}"
@@ -174,7 +177,8 @@ rule vae:
     input: code("25_vae_train")
     output: f"runs/{RUN}/vae/done.json"
     log: f"runs/{RUN}/25_vae_train.ipynb"
-    threads: 2
+    threads: BOTH
+    priority: 30
     resources: gpu=PROCESSES
     params: KNOBS
     shell: MANY + "papermill nbs/25_vae_train.ipynb {params}"
@@ -183,7 +187,8 @@ rule amdf:
     input: code("30_amdf_train"), rules.pamae.output, rules.vae.output
     output: f"runs/{RUN}/amdf/done.json"
     log: f"runs/{RUN}/30_amdf_train.ipynb"
-    threads: 2
+    threads: BOTH
+    priority: 30
     resources: gpu=PROCESSES
     params: KNOBS
     shell: MANY + "papermill nbs/30_amdf_train.ipynb {params}"
@@ -192,7 +197,7 @@ rule generate:
     input: code("35_generate"), rules.amdf.output
     output: f"runs/{RUN}/generate/done.json"
     log: f"runs/{RUN}/35_generate.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: KNOBS
     shell: "papermill nbs/35_generate.ipynb {params}"
@@ -201,7 +206,7 @@ rule synthetic:
     input: code("35_generate"), rules.amdf.output
     output: f"runs/{RUN}/synthetic/done.json"
     log: f"runs/{RUN}/35_generate.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=PROCESSES
     params: KNOBS
     shell: MANY + "papermill nbs/35_generate.ipynb -p per_subject 3 -p split train {params}"
@@ -210,7 +215,7 @@ rule obedience:
     input: code("32_obedience"), rules.amdf.output
     output: f"runs/{RUN}/obedience/done.json"
     log: f"runs/{RUN}/32_obedience.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: KNOBS
     shell: "papermill nbs/32_obedience.ipynb {params}"
@@ -219,7 +224,7 @@ rule few_steps:
     input: code("33_few_steps"), rules.amdf.output
     output: f"runs/{RUN}/few_steps/done.json"
     log: f"runs/{RUN}/33_few_steps.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: KNOBS
     shell: "papermill nbs/33_few_steps.ipynb {params}"
@@ -235,6 +240,7 @@ rule baseline:
     output: touch(f"runs/{RUN}/baseline-{{system}}.done")
     wildcard_constraints: system="|".join([*SYSTEMS, "ecg2cmr"])
     threads: 1  # the same seconds of one core for each: two at once take half the time
+    priority: 20
     resources: gpu=PROCESSES
     params: TABLE_KNOBS
     shell: MANY + f"papermill nbs/31_baseline_train.ipynb runs/{RUN}/31_{{wildcards.system}}.ipynb -p system {{wildcards.system}} {{params}}"
@@ -243,7 +249,7 @@ rule table1:
     input: code("40_generation_quality"), rules.baselines.input
     output: f"runs/{RUN}/table1/done.json"
     log: f"runs/{RUN}/40_generation_quality.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: TABLE_KNOBS
     shell: "papermill nbs/40_generation_quality.ipynb {params}"
@@ -252,7 +258,7 @@ rule phenotypes_from_generated:
     input: code("65_phenotypes_from_generated"), rules.alignment.output, f"runs/{RUN}/baseline-ecg2cmr.done", f"runs/{RUN}/baseline-crossmodal.done", f"runs/{RUN}/baseline-harmonic.done"
     output: f"runs/{RUN}/phenotypes_generated/done.json"
     log: f"runs/{RUN}/65_phenotypes_from_generated.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: CARDIACNETS + SIZES
     shell: "papermill nbs/65_phenotypes_from_generated.ipynb {params}"
@@ -261,7 +267,8 @@ rule ablation:
     input: code("41_ablation"), rules.amdf.output
     output: f"runs/{RUN}/ablation/done.json"
     log: f"runs/{RUN}/41_ablation.ipynb"
-    threads: 2
+    threads: BOTH
+    priority: 10
     resources: gpu=1
     params: TABLE_KNOBS
     shell: "papermill nbs/41_ablation.ipynb {params}"
@@ -270,7 +277,7 @@ rule noise_scale:
     input: code("42_noise_scale"), rules.amdf.output, rules.ablation.output
     output: f"runs/{RUN}/noise_scale/done.json"
     log: f"runs/{RUN}/42_noise_scale.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: TABLE_KNOBS
     shell: "papermill nbs/42_noise_scale.ipynb {params}"
@@ -278,15 +285,12 @@ rule noise_scale:
 # Tables 2 to 4. The generators come first (those of Table 1: no stage is trained by two rules); then an encoder for each method, with its phenotypes; then the folds.
 # Lists are given with -r: with -p, one ratio alone would be a number to papermill, and the notebooks want text.
 # A mark of a job stands in a folder named after what the job depends on, and that of a table after its rows as well, so that another configuration finds its own and leaves the others; the tables are kept in runs/RUN/table2, table2-HASH ..., and the last one that was asked for stands in figures/, which `paper` reads.
-SMOKE = config["preset"] == "smoke"
 DRAWERS, RATIOS, CONTROLS = (str(config.get(k, usual)).split() for k, usual in dict(systems="harmonic", ratios="100" if SMOKE else "100 300", controls="longer").items())
 if unknown := set(CONTROLS) - {"longer", "augmented", "none"}: raise WorkflowError(f"controls: unknown {sorted(unknown)}; valid are longer, augmented, none")
 if bad := [r for r in RATIOS if not r.isdigit()]: raise WorkflowError(f"ratios: {bad} are no whole per cents")
 if "given" in DRAWERS and not config.get("synthetic"): raise WorkflowError("systems: given needs synthetic=FOLDER, a cohort that chapter 35 has drawn")
 ROWS = {k.replace(":", "-"): k for k in ["linear", "vit", "mae_real", *(f"mae_real_{c}:{r}" for c in CONTROLS if c != "none" for r in RATIOS), *(f"mae_synthetic:{s}:{r}" for s in DRAWERS for r in RATIOS)]}   # as `methods_of` of chapter 16b
-FOLDS = {"a": "1 2 3 4 5"} if SMOKE else {"a": "1 2", "b": "3 4 5"}   # a fold of smoke takes less time than its kernel
-WARD = {"a": "1 2 3"} if SMOKE else FOLDS
-ILL = ["cad-cm-hf"] if SMOKE else ["cad", "cm", "hf"]
+FOLDS = {} if SMOKE else {"a": "1 2", "b": "3 4 5"}   # a fold of smoke takes less time than its kernel: the tables train them
 STUDY = TABLE_KNOBS + SIZES + (f" -r synthetic {shlex.quote(str(config['synthetic']))}" if config.get("synthetic") else "")
 ALL_ROWS = f"-r systems {shlex.quote(' '.join(DRAWERS))} -r ratios {shlex.quote(' '.join(RATIOS))} -r controls {shlex.quote(' '.join(CONTROLS) or 'none')}"
 named = lambda *what: hashlib.sha256(" ".join(what).encode()).hexdigest()[:6]
@@ -308,21 +312,21 @@ rule encoder:
 rule disease_folds:
     input: code("50_disease_classification"), JOB + "phenotypes-{row}.done"
     output: touch(JOB + "disease-{row}-{disease}-{part}.done")
-    wildcard_constraints: disease="|".join(ILL), part="[ab]"
+    wildcard_constraints: disease="cad|cm|hf", part="[ab]"
     resources: gpu=1
-    params: row=lambda w: ROWS[w.row], ill=lambda w: w.disease.replace("-", " "), folds=lambda w: FOLDS[w.part], knobs=STUDY
-    shell: f"papermill nbs/50_disease_classification.ipynb {JOB}50_{{wildcards.row}}_{{wildcards.disease}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p diseases '{{params.ill}}' -r folds '{{params.folds}}' {{params.knobs}}"
+    params: row=lambda w: ROWS[w.row], folds=lambda w: FOLDS[w.part], knobs=STUDY
+    shell: f"papermill nbs/50_disease_classification.ipynb {JOB}50_{{wildcards.row}}_{{wildcards.disease}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -p diseases {{wildcards.disease}} -r folds '{{params.folds}}' {{params.knobs}}"
 
 rule hospital_folds:
     input: code("52_external_validation"), JOB + "phenotypes-{row}.done"
     output: touch(JOB + "hospital-{row}-{part}.done")
     wildcard_constraints: part="[ab]"
     resources: gpu=1
-    params: row=lambda w: ROWS[w.row], folds=lambda w: WARD[w.part], knobs=STUDY
+    params: row=lambda w: ROWS[w.row], folds=lambda w: FOLDS[w.part], knobs=STUDY
     shell: f"papermill nbs/52_external_validation.ipynb {JOB}52_{{wildcards.row}}_{{wildcards.part}}.ipynb -p methods {{params.row}} -r folds '{{params.folds}}' {{params.knobs}}"
 
 rule table2:
-    input: code("50_disease_classification"), expand(JOB + "disease-{row}-{disease}-{part}.done", row=ROWS, disease=ILL, part=FOLDS)
+    input: code("50_disease_classification"), expand(JOB + "phenotypes-{row}.done", row=ROWS), expand(JOB + "disease-{row}-{disease}-{part}.done", row=ROWS, disease=["cad", "cm", "hf"], part=FOLDS)
     output: touch(TABLE.format("table2")), f"runs/{RUN}/figures/table2_all.csv"
     log: f"runs/{RUN}/50_disease_classification.ipynb"
     params: STUDY + " " + ALL_ROWS
@@ -336,7 +340,7 @@ rule table3:
     shell: "papermill nbs/51_phenotype_prediction.ipynb {params}"
 
 rule table4:
-    input: code("52_external_validation"), expand(JOB + "hospital-{row}-{part}.done", row=ROWS, part=WARD)
+    input: code("52_external_validation"), expand(JOB + "phenotypes-{row}.done", row=ROWS), expand(JOB + "hospital-{row}-{part}.done", row=ROWS, part=FOLDS)
     output: touch(TABLE.format("table4")), f"runs/{RUN}/figures/table4_all.csv"
     log: f"runs/{RUN}/52_external_validation.ipynb"
     params: STUDY + " " + ALL_ROWS
@@ -346,7 +350,7 @@ rule turing_test:
     input: code("43_turing_test"), rules.amdf.output
     output: f"runs/{RUN}/turing/done.json"
     log: f"runs/{RUN}/43_turing_test.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: READ
     shell: "papermill nbs/43_turing_test.ipynb {params}"
@@ -355,7 +359,7 @@ rule reader_study:
     input: code("66_reader_study"), rules.amdf.output
     output: f"runs/{RUN}/reader_study/done.json"
     log: f"runs/{RUN}/66_reader_study.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: READ
     shell: "papermill nbs/66_reader_study.ipynb {params}"
@@ -364,7 +368,7 @@ rule real_ecgs:
     input: code("36_real_ecgs"), rules.amdf.output
     output: f"runs/{RUN}/real_ecgs/done.json"
     log: f"runs/{RUN}/36_real_ecgs.ipynb"
-    threads: 2
+    threads: BOTH
     resources: gpu=1
     params: KNOBS
     shell: "papermill nbs/36_real_ecgs.ipynb {params}"
