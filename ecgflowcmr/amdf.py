@@ -300,10 +300,10 @@ def waypoints(field, x0:Tensor, steps:int, legs:int=2) -> Tensor: # `(legs+1, b,
         if (i+1)*legs % steps == 0: out.append(x)
     return torch.stack(out)
 
-def student_loss(dit, h, path:Tensor, f:Tensor, rr:Tensor, rng:torch.Generator) -> dict: # path of `waypoints` `(b, legs+1, ...)`
-    "Squared error of one step along one leg, at random, for each sample."
-    legs = path.shape[1]-1
-    k, i = torch.randint(legs, (len(path),), generator=rng).to(path.device), torch.arange(len(path), device=path.device)
-    a, b = path[i,k].float(), path[i,k+1].float()
-    error = (dit(a, k/legs, h.template, dit.ecg(f, rr)).float() - legs*(b-a)).square().mean((0,2,3))
-    return dict(loss=(error*loss_weight(h)).mean(), plain=error.mean().detach())
+def student_loss(dit, h, path:Tensor, f:Tensor, rr:Tensor) -> dict: # path of `waypoints` `(b, legs+1, ...)`
+    "Squared errors of the places that the student's own walk passes, each leg one step from where the last one ended."
+    legs, x, ecg, errors = path.shape[1]-1, path[:,0].float(), dit.ecg(f, rr), []
+    for k in range(legs):
+        x = x + dit(x, torch.full((len(x),), k/legs, device=x.device), h.template, ecg).float()/legs
+        errors.append((legs*(x - path[:,k+1].float())).square().mean((0,2,3)))
+    return dict(loss=(sum(errors)*loss_weight(h)).mean(), plain=errors[-1].mean().detach())

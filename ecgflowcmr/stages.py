@@ -40,7 +40,7 @@ def amdf_config(preset:str='demo', seed:int=0) -> dict: # settings of the flow
     model = dict(smoke=dict(width=64, depth=2, components=16), demo=dict(width=256, depth=4, components=64), paper=dict(width=768, depth=12, heads=12, components=128))[preset]
     train = dict(smoke=dict(steps=80, batch=8, lr=2e-3, warmup=5, ema=.9), demo=dict(steps=4000, batch=8, lr=2e-3, warmup=50, ema=.99),
                  paper=dict(epochs=10, batch=4, lr=1e-4, warmup=1000, ema=.9999))[preset]
-    few = dict(smoke=dict(paths=32, steps=20, batch=8, lr=5e-4, warmup=5, ema=.9), demo=dict(paths=1600, steps=500, batch=8, lr=5e-4, warmup=20, ema=.98),
+    few = dict(smoke=dict(paths=32, steps=20, batch=8, lr=5e-4, warmup=5, ema=.9), demo=dict(paths=4000, steps=500, batch=8, lr=1e-3, warmup=20, ema=.98),
                paper=dict(paths=40000, steps=20000, batch=8, lr=5e-5, warmup=500, ema=.999))[preset]
     shared = dict(weight_decay=1e-4, betas=(.9,.99), clip=1., seed=seed, log_every=20)
     return dict(recipe='harmonic', model=model, space=dict(harmonics=8), alpha=1., alpha_sampling=1., level=.1, drop=.1, steps=10, guidance=GUIDANCE, sampler='euler', train=shared | train, student=dict(steps=2, paths=few.pop('paths'), train=shared | few))
@@ -220,7 +220,7 @@ def train_student(g:ECGFlowCMR, cache:dict, config:dict, folder, device:str):
     for p in student.ecg.parameters(): p.requires_grad_(False)
     def loss(dit, index, rng):
         on, who = (lambda x: x.to(dit.place.device)), index % len(cache['f'])
-        return student_loss(dit, g.harmonics.to(dit.place.device), on(paths[index]), on(cache['f'][who]), on(cache['rr'][who]), rng)
+        return student_loss(dit, g.harmonics.to(dit.place.device), on(paths[index]), on(cache['f'][who]), on(cache['rr'][who]))
     fit(student, loss, len(paths), c['train'], folder/'student', device, 'student')
     g.cpu()
     g.student, g.config['student'] = student.cpu(), c['steps']
