@@ -28,9 +28,9 @@ def test_the_page_of_a_run(root, tables, papermill_run):
     before = (root/'figures'/'paper.md').read_bytes()
     nb = papermill_run('90_paper.ipynb', preset='smoke', run=tables.name)
     md, tex = ((tables/'paper'/f'paper.{end}').read_text(encoding='utf-8') for end in ('md', 'tex'))
-    line = next(k for k in md.splitlines() if k.startswith('| Drawn cines in pre-training raise the AUC of diseases'))
+    line = next(k for k in md.splitlines() if k.startswith('| Cines of ECGFlowCMR in pre-training raise the AUC of diseases'))
     assert '| holds' in line and '300 % +0.050 (+0.040 to +0.060), over its control +0.040 (+0.030 to +0.050)' in line
-    line = next(k for k in md.splitlines() if k.startswith('| Drawn cines in pre-training raise the AUC in the second hospital'))
+    line = next(k for k in md.splitlines() if k.startswith('| Cines of ECGFlowCMR in pre-training raise the AUC in the second hospital'))
     assert '| not measured' in line and '100 % +0.120 (+0.110 to +0.130), over its control not measured' in line
     assert md.count('| not measured') >= 15 and '.81 & more' in md and r'.81 \& more' in tex and r'MAE\_(real)' in tex
     done = json.loads((tables/'paper'/'done.json').read_text())
