@@ -6,8 +6,8 @@
 __all__ = ['HOLDS', 'AGAINST', 'OPEN', 'MISSING', 'OURS', 'FOUR', 'PARTS_TAKEN', 'DRAWN', 'RIVALS', 'MINE', 'DIGITS', 'TABLES',
            'PICTURES', 'Finding', 'separate', 'positive', 'together', 'numbers', 'told', 'made_by', 'span', 'short_key',
            'claim_quality', 'claim_speed', 'claim_parts', 'claim_noise', 'claim_turing', 'task_of', 'drawn_rows',
-           'signed', 'known', 'sign', 'helped', 'better', 'helped_most', 'more_helps', 'claims', 'claims_table', 'tidy',
-           'page', 'save_svg', 'shown', 'hand_on']
+           'our_rows', 'signed', 'known', 'sign', 'helped', 'better', 'helped_most', 'more_helps', 'claims',
+           'claims_table', 'tidy', 'page', 'save_svg', 'shown', 'hand_on']
 
 # %% ../nbs/17_paper.ipynb #4afd7bbb
 from dataclasses import dataclass
@@ -140,31 +140,36 @@ def drawn_rows(folder, name:str): # -> table or None, {(task or '', system): {ra
         if str(key).startswith(DRAWN): _, system, ratio = key.split(':'); out.setdefault((task_of(r), system), {})[int(ratio)] = r
     return table, {k:dict(sorted(v.items())) for k,v in out.items()}
 
+def our_rows(folder, name:str):
+    "Those with cines of ECGFlowCMR."
+    table, rows = drawn_rows(folder, name)
+    return table, {k:v for k,v in rows.items() if k[1] in MINE}
+
 def signed(r, key:str) -> str: # '+0.010 (-0.022 to +0.042)'
     return ' '.join([f'{r[key]:+.{DIGITS}f}', f"({r[f'{key}: low']:+.{DIGITS}f} to {r[f'{key}: high']:+.{DIGITS}f})"]) if known(r, key) else MISSING
 
 def known(r, key:str) -> bool:
     return bool(pd.notna(r.get(key)) and pd.notna(r.get(f'{key}: low')))
 
+# %% ../nbs/17_paper.ipynb #8e12668c
 def sign(r, key:str) -> str:
     "Verdict on a difference; against the claim only if it stands after Holm."
     if not known(r, key): return MISSING
     v, p = positive(r[f'{key}: low'], r[f'{key}: high']), r.get({'difference':'p (Holm)'}.get(key, f'{key}: p (Holm)'))
     return OPEN if v == AGAINST and pd.notna(p) and p >= .05 else v
 
-# %% ../nbs/17_paper.ipynb #8e12668c
 def helped(folder, name:str, place:str, said:str, what:str) -> list: # table2_all, table3_all, table4_all; words for the figure
     "Is every row with our cines better than MAE (real), and than as many steps on true cines alone?"
-    each = [(task, r) for (task,system),by in drawn_rows(folder, name)[1].items() if system in MINE for r in by.values()]
+    each = [(task, r) for (task,_),by in our_rows(folder, name)[1].items() for r in by.values()]
     text = '; '.join(f"{task} {r['name']} {signed(r, 'difference')}, over its control {signed(r, 'over control')}".strip() for task,r in each)
     verdicts = [v for _,r in each for v in (sign(r, 'difference'), sign(r, 'over control'))]; fair = any(known(r, 'over control') for _,r in each)
     return [Finding(f'Cines of ECGFlowCMR in pre-training raise the {what}', place, said, text, together(verdicts) if fair or AGAINST in verdicts else MISSING)]
 
 def better(folder, name:str, place:str, said:str, claim:str, keys:tuple, lower:bool=False) -> list: # columns that no test compares: accuracy, errors
     "Is every row with our cines beyond MAE (real) and its control, judged by intervals?"
-    table, rows = drawn_rows(folder, name); text, verdicts, fair = [], [], []
+    table, rows = our_rows(folder, name); text, verdicts, fair = [], [], []
     every = {} if table is None else {(task_of(r), str(key)):r for key,r in table.iterrows()}
-    for (task,_),r,ratio,k in ((at, r, ratio, k) for at,by in rows.items() if at[1] in MINE for ratio,r in by.items() for k in keys if pd.notna(r.get(k))):
+    for (task,_),r,ratio,k in ((at, r, ratio, k) for at,by in rows.items() for ratio,r in by.items() for k in keys if pd.notna(r.get(k))):
         others = [every.get((task, 'mae_real')), next((every[task, c] for c in (f'mae_real_longer:{ratio}', f'mae_real_augmented:{ratio}') if (task, c) in every), None)]
         verdicts += [MISSING if o is None else separate(span(r, k)[0], span(o, k)[0], lower) for o in others]; fair.append(others[1] is not None)
         text.append(f"{task} {k} {ratio} %: {span(r, k, DIGITS)[1]}; {', '.join(f'{n} {MISSING if o is None else span(o, k, DIGITS)[1]}' for n,o in zip(('MAE (real)', 'control'), others))}".strip())
@@ -183,9 +188,9 @@ def helped_most(folder, name:str, place:str, said:str, what:str, key:str) -> lis
 def more_helps(folder, name:str, place:str, said:str, claim:str, low:int=0, high:int=300, up:bool=True) -> list: # ratios between which to look; True: the higher is better
     "Is what drawn cines have over the control larger at the highest ratio than at the lowest?"
     text, verdicts = [], []
-    for (task,system),by in drawn_rows(folder, name)[1].items():
+    for (task,system),by in our_rows(folder, name)[1].items():
         at = [k for k in by if low <= k <= high]
-        if len(at) < 2 or system not in MINE: continue
+        if len(at) < 2: continue
         a, b = by[at[0]], by[at[-1]]; pair = [span(r, 'over control')[0] for r in (a, b)]
         text.append(f"{task} {system}, over the control: {at[0]} % {signed(a, 'over control')}, {at[-1]} % {signed(b, 'over control')}".strip())
         verdicts.append(separate(*pair, lower=up) if known(a, 'over control') and known(b, 'over control') else MISSING)
