@@ -208,13 +208,14 @@ class ECGCondition(nn.Module):
 # %% ../nbs/11_amdf.ipynb #edb3e57c
 class DiT(nn.Module):
     "v(z_t, t, c): the velocity of the standardised coefficients."
-    def __init__(self, channels:int=68, width:int=256, depth:int=6, heads:int=4, features:int=128, measures:int=0, template:int=4, components:int=64, size:int=12, patch:int=1):
+    def __init__(self, channels:int=68, width:int=256, depth:int=6, heads:int=4, features:int=128, measures:int=0, template:int=4, components:int=64, size:int=12, patch:int=1,
+                 local:bool=True, qk_norm:bool=True): # of `AdaBlock`
         super().__init__()
         n, self.patch = size//patch, patch
         self.enter, self.anchor = nn.Linear(channels*patch**2, width), nn.Linear(template*patch**2, width)
         self.place = nn.Parameter(torch.randn(n*n, width)*.02)
         self.squeeze, self.time, self.ecg, self.first = nn.Linear(width, 64), mlp(128, width, width), ECGCondition(features, width, channels, size, measures=measures, components=components, still=template), nn.Linear(channels*patch**2, width)
-        self.blocks = nn.ModuleList(AdaBlock(width, heads, width, 64, local=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(AdaBlock(width, heads, width, 64, local, qk_norm) for _ in range(depth))
         self.norm, self.final, self.leave = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2*width), nn.Linear(width, channels*patch**2)
         for m in (self.final, self.leave): nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
 
@@ -253,10 +254,11 @@ def flow_loss(dit:DiT, h:Harmonics,
               drop:float=.1,        # share of samples without ECG
               guess:Tensor=None,    # `(b, k)`: see `ECGCondition`
               weighted:bool=True,   # by `loss_weight`; False for an ablation
+              logit_normal:bool=True, # distribution of the time; False: uniform
              ) -> dict:
     "Equation 7, weighted by `loss_weight`."
     b, to = len(x1), lambda y: y.to(x1.device)
-    t = to(torch.randn(b, generator=rng).sigmoid())
+    t = to(torch.randn(b, generator=rng).sigmoid() if logit_normal else torch.rand(b, generator=rng))
     noise = to(torch.randn(x1.shape, generator=rng))
     ecg = dit.ecg(f, rr, to(torch.rand(b, generator=rng) < drop), guess)
     x0 = source(noise, ecg[2], alpha)

@@ -9,7 +9,7 @@ __all__ = ['PARAMETERS', 'CHECK', 'project_root', 'complaint', 'check_value', 'a
 # %% ../nbs/19b_experiment.ipynb #a0b8df28
 import ast,difflib,os
 from pathlib import Path
-import ecgflowcmr, nbformat, pandas as pd
+import ecgflowcmr, pandas as pd
 from .cli import is_checkout,run_name
 from .ecg import DataError
 from .files import atomic_write,write_json
@@ -134,7 +134,7 @@ out = run_folder(root, run, preset)
 # %% ../nbs/19b_experiment.ipynb #9ca00ab8
 def new_experiment(title, summary, *cells): # code of further cells
     "A notebook with the cells every experiment begins with, and `cells`."
-    v4 = nbformat.v4
+    from nbformat import v4             # its schemas take two seconds to load, and a running experiment needs none of them
     imports = 'from ecgflowcmr.experiment import a_cohort,check_parameters,project_root,run_folder,show_where'
     res = v4.new_notebook(cells=[v4.new_raw_cell('---\nskip_exec: true\n---'), v4.new_markdown_cell(f'# {title}\n> {summary}'),
                                  *map(v4.new_code_cell, (PARAMETERS, imports, CHECK, *cells))])

@@ -54,11 +54,11 @@ def attend(q:Tensor, k:Tensor, v:Tensor) -> Tensor: # each `(b, h, n, d)`
 # %% ../nbs/08_layers.ipynb #fbae5cc3
 class Attention(nn.Module):
     "Multi-head attention on `context`, or on itself."
-    def __init__(self, dim:int, heads:int, context:int=None):
+    def __init__(self, dim:int, heads:int, context:int=None, qk_norm:bool=True):
         super().__init__()
         self.heads, self.cross = heads, context is not None
         self.q = nn.Linear(dim, dim); self.kv = nn.Linear(context or dim, 2*dim); self.out = nn.Linear(dim, dim)
-        self.norm, self.gain = nn.RMSNorm(dim//heads, elementwise_affine=False), nn.Parameter(torch.ones(heads,1,1))
+        self.norm, self.gain = nn.RMSNorm(dim//heads, elementwise_affine=False) if qk_norm else nn.Identity(), nn.Parameter(torch.ones(heads,1,1))
 
     def forward(self, x:Tensor, context:Tensor=None, at:Tensor=None) -> Tensor: # x `(b, n, dim)`; `at`: rotary positions
         split = lambda y: rearrange(y, 'b n (h d) -> b h n d', h=self.heads)
@@ -103,10 +103,10 @@ class LocalMLP(nn.Module):
 # %% ../nbs/08_layers.ipynb #e6be336a
 class AdaBlock(nn.Module):
     "Self-attention, cross-attention and MLP (with neighbours if `local`), each modulated by a condition vector."
-    def __init__(self, dim:int, heads:int, context:int, condition:int, local:bool=False):
+    def __init__(self, dim:int, heads:int, context:int, condition:int, local:bool=False, qk_norm:bool=True):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=False) for _ in range(3))
-        self.attention, self.cross, self.mlp = Attention(dim, heads), Attention(dim, heads, context), LocalMLP(dim) if local else mlp(dim)
+        self.attention, self.cross, self.mlp = Attention(dim, heads, qk_norm=qk_norm), Attention(dim, heads, context, qk_norm), LocalMLP(dim) if local else mlp(dim)
         self.modulation = nn.Linear(condition, 9*dim)
         nn.init.zeros_(self.modulation.weight); nn.init.zeros_(self.modulation.bias)
 

@@ -49,7 +49,8 @@ GUIDANCE = 1.  # of recipe `harmonic`: the conditional field itself; see chapter
 
 # %% ../nbs/11e_stages.ipynb #468085c1
 # What an ablation turns off (chapter 41). A switch that was not touched is not written into the settings: a stage trained before it existed stays what it was.
-SWITCHES = {'pamae.phase_weight':1., 'vae.model.time':True, 'amdf.cycles':'phase', 'amdf.ecg':True, 'amdf.anchor':True, 'amdf.guess':True, 'amdf.measures':True, 'amdf.weighted':True, 'pamae.train.seconds':0, 'vae.train.seconds':0, 'amdf.train.seconds':0}
+SWITCHES = {'pamae.phase_weight':1., 'vae.model.time':True, 'amdf.cycles':'phase', 'amdf.ecg':True, 'amdf.anchor':True, 'amdf.guess':True, 'amdf.measures':True, 'amdf.weighted':True, 'amdf.logit_normal':True,
+            'amdf.model.local':True, 'amdf.model.qk_norm':True, 'pamae.train.seconds':0, 'vae.train.seconds':0, 'amdf.train.seconds':0}
 
 COUNTS = ('batch', 'clip', 'steps', 'epochs', 'paths', 'warmup', 'width', 'deep', 'depth', 'blocks', 'heads', 'channels', 'components', 'harmonics', 'patch', 'seed', 'log_every')
 
@@ -192,7 +193,7 @@ def train_field(g:ECGFlowCMR, cache:dict, config:dict, folder, device:str):
         on = lambda x: x.to(dit.place.device)
         h = g.harmonics.to(dit.place.device)
         x1, f, rr = (on(cache[k][index].float()) for k in ('x1','f','rr'))
-        if config['recipe'] == 'harmonic': return flow_loss(dit, h, x1, f, rr, rng, config['alpha'], config['drop'] if config.get('ecg', True) else 1., on(cache['guess'][index]) if 'guess' in cache else None, config.get('weighted', True))
+        if config['recipe'] == 'harmonic': return flow_loss(dit, h, x1, f, rr, rng, config['alpha'], config['drop'] if config.get('ecg', True) else 1., on(cache['guess'][index]) if 'guess' in cache else None, config.get('weighted', True), config.get('logit_normal', True))
         return frame_flow_loss(dit, h, x1, f, rr, rng, config['alpha'], config['drop'], config['one_time'])
     fit(g.dit, loss, len(cache['f']), length(g.dit, loss, len(cache['f']), config['train'], folder, device), folder, device, f"AMDF ({config['recipe']})")
     g.cpu()
