@@ -56,11 +56,11 @@ def test_table_1_goes_on_system_by_system(run, cells):
 
 @pytest.mark.slow
 def test_ablation_and_noise_scale(run, papermill_run, cells):
-    papermill_run('41_ablation.ipynb', preset='smoke', run=run.name, variants='whole no_ecg vae_per_frame')
+    papermill_run('41_ablation.ipynb', preset='smoke', run=run.name, variants='whole no_ecg vae_per_frame no_neighbours no_qk_norm uniform_time')
     table = pd.read_csv(run/'figures'/'ablation.csv', index_col='variant')
-    assert table.index.tolist() == ['everything', 'without ECG', 'VAE for each frame alone'] and (table.loc['everything', ['more obedience', 'more agreement: high']] == 0).all()
-    whole, deaf, frames = (np.load(next((run/'ablation').glob(f'{v}-*'))/'cines.npy').astype(float) for v in ('whole', 'no_ecg', 'vae_per_frame'))
-    assert np.abs(whole - deaf).mean() > 1 and (whole != frames).mean() > .05, 'a part that is taken out changes the picture: a switch that does nothing would draw the same bytes'
+    assert table.index.tolist() == ['everything', 'without ECG', 'VAE for each frame alone', 'ours: MLP without neighbours', 'ours: without QK-norm', 'ours: uniform time'] and (table.loc['everything', ['more obedience', 'more agreement: high']] == 0).all()
+    whole, deaf, frames, *ours = (np.load(next((run/'ablation').glob(f'{v}-*'))/'cines.npy').astype(float) for v in ('whole', 'no_ecg', 'vae_per_frame', 'no_neighbours', 'no_qk_norm', 'uniform_time'))
+    assert np.abs(whole - deaf).mean() > 1 and all((whole != other).mean() > .05 for other in (frames, *ours)), 'a part that is taken out changes the picture: a switch that does nothing would draw the same bytes'
     beside, alone = ([m.weight for o in run.glob('amdf*/bundle') if (g := ECGFlowCMR.from_pretrained(o)).config['vae'].get('time', True) == time for m in g.vae.modules() if isinstance(m, TimeConv)] for time in (True, False))
     one = torch.tensor([[0.], [1.], [0.]])
     assert alone and all(torch.equal(w, one.expand_as(w)) for w in alone), 'a VAE for each frame sees no other frame'
